@@ -1,0 +1,115 @@
+"""Where numbers and samples go: metrics.jsonl and <table>.jsonl in the run folder and, if asked, wandb.
+
+Metrics travel as one dict, `logger.log(step, {...})`, so adding a metric is one line in the script.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+def plain(value):
+    """A number JSON can hold: Python float or int; NaN and infinity become null."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops the lines of a JSONL file written after `step` (a resumed run writes them again)."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        # a killed run may have left half a line at the end
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept))
+
+
+class Logger:
+    """Writes metrics and tables of one run.
+
+    Keys under `time/` hold wall-clock seconds; everything else is a function of flags and seed.
+    With `enabled=False` (all processes but the first) every method does nothing.
+    """
+
+    def __init__(self, run_dir: Path, config: dict, *, track=False, wandb_mode="offline", tags=(), enabled=True):
+        self.run_dir, self.enabled, self.wandb = run_dir, enabled, None
+        self.start = time.time()
+        self.bar = None
+        if enabled and track:
+            import wandb
+
+            # keeps wandb's own files inside the run folder
+            self.wandb = wandb.init(
+                project=os.environ.get("WANDB_PROJECT") or "groundup",
+                name=run_dir.name,
+                dir=str(run_dir),
+                config=config,
+                tags=list(tags) or None,
+                mode=wandb_mode,
+            )
+            # the step is a metric of its own: mixing explicit and implicit wandb steps drops rows
+            self.wandb.define_metric("global_step")
+            self.wandb.define_metric("*", step_metric="global_step")
+
+    def truncate(self, step: int, elapsed: float) -> None:
+        """Continues a run from `step`: later lines are dropped, the clock goes on from `elapsed` seconds."""
+        self.start = time.time() - elapsed
+        if self.enabled:
+            for path in self.run_dir.glob("*.jsonl"):
+                keep_until(path, step)
+
+    @property
+    def elapsed(self) -> float:
+        return time.time() - self.start
+
+    def progress(self, total: int, initial: int) -> None:
+        if self.enabled:
+            self.bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True)
+
+    def advance(self, **numbers) -> None:
+        """Moves the progress bar by one step and shows the numbers that matter."""
+        if self.bar is not None:
+            self.bar.set_postfix({k: f"{v:.3f}" for k, v in numbers.items() if v is not None}, refresh=False)
+            self.bar.update()
+
+    def say(self, text: str) -> None:
+        """Prints a line without tearing the progress bar."""
+        if self.enabled:
+            tqdm.write(text)
+
+    def log(self, step: int, metrics: dict) -> None:
+        """Appends one line {"step": …, **metrics} to metrics.jsonl (values: numbers or 0-d tensors)."""
+        if not self.enabled:
+            return
+        row = {k: plain(v) for k, v in metrics.items()} | {"time/elapsed_s": round(self.elapsed, 3)}
+        with open(self.run_dir / "metrics.jsonl", "a") as f:
+            f.write(json.dumps({"step": step} | row) + "\n")
+        if self.wandb is not None:
+            self.wandb.log({k: v for k, v in row.items() if v is not None} | {"global_step": step})
+
+    def table(self, name: str, step: int, rows: list[dict], upload: bool = True) -> None:
+        """Appends rows to <name>.jsonl; with `upload` also sends these rows as a wandb table of that name."""
+        if not self.enabled or not rows:
+            return
+        rows = [{"step": step} | {k: plain(v) for k, v in row.items()} for row in rows]
+        with open(self.run_dir / f"{name}.jsonl", "a") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)  # ASCII: no line separator of Unicode gets in
+        if self.wandb is not None and upload:
+            import wandb
+
+            columns = list(rows[0])
+            # a wandb table is frozen once logged: a fresh object each time, under one stable name
+            table = wandb.Table(columns=columns, data=[[row.get(c) for c in columns] for row in rows])
+            self.wandb.log({name: table, "global_step": step})
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Closes the progress bar and the wandb run; safe to call twice."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=exit_code)
+            self.wandb = None

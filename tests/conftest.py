@@ -1,0 +1,71 @@
+"""Shared fixtures: small random models of several architectures, and the bundled tokenizer."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch the network
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    Gemma2Config,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers import AutoModelForCausalLM as AutoModel
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from assets.build_tiny_qwen2 import batches  # noqa: E402
+
+VOCAB = 264  # five ids more than the bundled tokenizer has
+SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+CONFIGS = {
+    "qwen2": lambda: Qwen2Config(**SIZES, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, max_position_embeddings=128),
+    "llama": lambda: LlamaConfig(**SIZES, num_key_value_heads=1, max_position_embeddings=128),
+    "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    # caps its logits, so the trainer must refuse it
+    "gemma2": lambda: Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, final_logit_softcapping=1.0),
+}
+
+
+def make_model(name="qwen2", seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    model = AutoModel.from_config(CONFIGS[name](), attn_implementation="eager").to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # away from the near-uniform distribution of a fresh model
+            p.mul_(3.0) if p.dim() > 1 else None
+    model.generation_config = GenerationConfig(eos_token_id=[258, 256], pad_token_id=256)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "assets" / "tiny-qwen2")
+
+
+@pytest.fixture(scope="session")
+def micro_model_folder(tmp_path_factory, tokenizer):
+    """A 27,000 parameter Qwen2 that answers with numbers, now and then with the right one: a step takes milliseconds."""
+    torch.manual_seed(0)
+    model = AutoModel.from_config(CONFIGS["qwen2"](), attn_implementation="eager")
+    model.generation_config = GenerationConfig(eos_token_id=[258, 256], pad_token_id=256)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for ids, labels in batches(random.Random(0), tokenizer, steps=200, batch_size=48, corruption=0.0):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("micro-qwen2")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

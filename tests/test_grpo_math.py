@@ -1,0 +1,253 @@
+"""The equations of GRPO: advantages, masks, losses, held against golden values, definitions and identities."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_arithmetic import completion_mask, group_advantages, grpo_loss, micro_batches
+
+x = float("nan")  # masked entries of the fixture; filled with a value that is the same in all three tensors
+LP = [[-0.5, -1.0, -0.2], [-2.0, x, x], [-0.3, -0.7, x], [-1.5, -0.4, x]]
+OLD = [[-0.9, -1.0, -0.1], [-1.2, x, x], [-0.3, -0.2, x], [-1.8, -0.5, x]]
+REF = [[-0.6, -0.8, -0.3], [-1.5, x, x], [-0.4, -0.6, x], [-1.0, -0.9, x]]
+A = torch.tensor([0.5, -0.5, 1.0, -1.0], dtype=torch.float64)
+
+
+def fixture(fill=-1.0):
+    lp, old, ref = (torch.tensor(v, dtype=torch.float64) for v in (LP, OLD, REF))
+    mask = ~lp.isnan()
+    return *(v.nan_to_num(fill) for v in (lp, old, ref)), mask
+
+
+def loss_of(rows=slice(None), loss_type="grpo", beta=0.0, fill=-1.0, grad=False, **options):
+    lp, old, ref, mask = fixture(fill)
+    lp = lp.requires_grad_(True)
+    loss, metrics = grpo_loss(
+        lp[rows], old[rows], ref[rows] if beta else None, A[rows], mask[rows],
+        loss_type=loss_type, beta=beta, max_completion_length=4, **options,
+    )  # fmt: skip
+    if grad:
+        return torch.autograd.grad(loss, lp)[0]
+    return loss.item(), metrics
+
+
+# values produced by another implementation (TRL) on this fixture: beta 0, beta 0.1, sum of |gradient| at beta 0
+GOLDEN = {
+    "grpo": (0.076694157, 0.083986923, 0.587063274),
+    "bnpo": (-0.037989955, -0.032426716, 0.626747387),
+    "dr_grpo": (-0.018994978, -0.016213358, 0.313373693),
+    "dapo": (-0.037989955, -0.032426716, 0.626747387),
+}
+
+
+@pytest.mark.parametrize("loss_type", GOLDEN)
+def test_loss_and_gradient_have_the_golden_values(loss_type):
+    plain, with_kl, grad = GOLDEN[loss_type]
+    assert loss_of(loss_type=loss_type)[0] == pytest.approx(plain, abs=1e-8)
+    assert loss_of(loss_type=loss_type, beta=0.1)[0] == pytest.approx(with_kl, abs=1e-8)
+    assert loss_of(loss_type=loss_type, grad=True).abs().sum().item() == pytest.approx(grad, abs=1e-8)
+
+
+def test_clip_variants_and_metrics_have_the_golden_values():
+    assert loss_of(epsilon_high=0.28)[0] == pytest.approx(0.073360824, abs=1e-8)
+    assert loss_of(delta=1.1)[0] == pytest.approx(0.062128473, abs=1e-8)
+    metrics = loss_of(beta=0.1)[1]
+    expected = {"kl": 0.055632391, "clip_ratio/low_mean": 0.125, "clip_ratio/high_mean": 0.125}
+    expected |= {"clip_ratio/region_mean": 0.25, "clip_ratio/low_min": 0.0, "clip_ratio/high_max": 1 / 3}
+    assert {k: v.item() for k, v in metrics.items()} == pytest.approx(expected, abs=1e-8)
+
+
+def test_advantages_have_the_golden_values():
+    rewards = torch.tensor([1, 0, 0, 0, 1, 1, 1, 1, 0.5, -0.5, 1, 0], dtype=torch.float64)
+    group = [1.499700060, *[-0.499900020] * 3, 0, 0, 0, 0, 0.387238344, -1.161715032, 1.161715032, -0.387238344]
+    none = [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0, 0.25, -0.75, 0.75, -0.25]
+    batch = [1.329372218, *[-0.443124073] * 3, 0, 0, 0, 0, 0.443124073, -1.329372218, 1.329372218, -0.443124073]
+    for scale, expected in [("group", group), ("none", none), ("batch", batch)]:
+        assert group_advantages(rewards, 4, scale).tolist() == pytest.approx(expected, abs=1e-8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-2, 2, width=32), min_size=8, max_size=8))
+def test_advantages_of_a_group_sum_to_zero_and_order_like_rewards(values):
+    rewards = torch.tensor(values, dtype=torch.float64)
+    for scale in ("group", "batch", "none"):
+        groups = group_advantages(rewards, 4, scale).view(2, 4)
+        assert torch.isfinite(groups).all()
+        assert groups.sum(1).abs().max() < 1e-6
+        for a, r in zip(groups, rewards.view(2, 4)):
+            assert (a[r > r.mean() + 1e-9] > 0).all() and (a[r < r.mean() - 1e-9] < 0).all()
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0, 0.1, 1 / 3, 1e-8, 1e8])
+def test_equal_rewards_give_exactly_zero_advantage(value):
+    """0.1 * 16 is no multiple of 0.1 in float32: a mean of equal numbers may differ from them by rounding."""
+    for scale in ("group", "batch", "none"):
+        assert (group_advantages(torch.full((16,), value), 16, scale) == 0).all()
+
+
+def test_the_first_end_token_is_trained_and_nothing_after_it():
+    """Also where the padding id is an end id, as in Qwen2 base models, and for every one of several end ids."""
+    ids = torch.tensor([[5, 6, 9, 9, 9], [9, 9, 9, 9, 9], [5, 6, 7, 8, 5], [5, 8, 9, 5, 5]])
+    assert completion_mask(ids, [9]).sum(1).tolist() == [3, 1, 5, 3]
+    assert completion_mask(ids, [8, 9]).sum(1).tolist() == [3, 1, 4, 2]
+    assert completion_mask(ids, [8, 9])[3].tolist() == [True, True, False, False, False]
+
+
+def test_loss_gradient_reaches_the_end_token_and_not_the_padding():
+    ids = torch.tensor([[5, 6, 9, 9]])
+    logits = torch.zeros(1, 4, 12, requires_grad=True)
+    logprobs = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    loss, _ = grpo_loss(
+        logprobs, logprobs.detach(), None, torch.tensor([1.0]), completion_mask(ids, [9]),
+        loss_type="grpo", beta=0.0, max_completion_length=4,
+    )  # fmt: skip
+    loss.backward()
+    assert logits.grad[0, 2, 9] < 0  # raises the end token's logit
+    assert (logits.grad[0, 3] == 0).all()
+
+
+def test_loss_is_zero_but_gradient_is_not_at_ratio_one_without_kl():
+    """Why the loss curve says nothing: it is -mean(A) = 0 by construction on the first pass."""
+    rewards = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0, -1.0, -1.0, -1.0], dtype=torch.float64)
+    lp = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
+    loss, _ = grpo_loss(
+        lp, lp.detach(), None, group_advantages(rewards, 4), torch.ones(8, 5, dtype=torch.bool),
+        loss_type="grpo", beta=0.0, max_completion_length=5,
+    )  # fmt: skip
+    loss.backward()
+    assert abs(loss.item()) < 1e-12 and lp.grad.abs().sum() > 0.1
+
+
+def test_loss_equals_beta_times_kl_at_ratio_one():
+    torch.manual_seed(0)
+    lp, ref = (-torch.rand(8, 5, dtype=torch.float64) for _ in range(2))
+    rewards = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    loss, metrics = grpo_loss(
+        lp, lp, ref, group_advantages(rewards, 4), torch.ones(8, 5, dtype=torch.bool),
+        loss_type="grpo", beta=0.2, max_completion_length=5,
+    )  # fmt: skip
+    assert loss.item() == pytest.approx(0.2 * metrics["kl"].item(), abs=1e-12)
+
+
+def test_identities_between_loss_types():
+    _, _, _, mask = fixture()
+    bnpo, dr_grpo, dapo = (loss_of(loss_type=t, beta=0.1)[0] for t in ("bnpo", "dr_grpo", "dapo"))
+    assert bnpo == pytest.approx(dapo, abs=1e-12)
+    assert dr_grpo == pytest.approx(bnpo * mask.sum().item() / (4 * 4), abs=1e-12)
+    row = slice(0, 1)
+    assert loss_of(row, "grpo", 0.1)[0] == pytest.approx(loss_of(row, "bnpo", 0.1)[0], abs=1e-12)
+
+
+@pytest.mark.parametrize("loss_type", GOLDEN)
+def test_micro_batch_losses_add_up_to_the_full_batch_except_for_bnpo(loss_type):
+    """Rows {0, 2} and {1, 3}; bnpo averages over the tokens of the micro-batch, which is its documented flaw."""
+    totals = dict(loss_type=loss_type, beta=0.1, num_loss_tokens=8, num_sequences=4)
+    (a, ma), (b, mb) = loss_of([0, 2], **totals), loss_of([1, 3], **totals)
+    full = loss_of(loss_type=loss_type, beta=0.1)
+    grad = loss_of([0, 2], grad=True, **totals) + loss_of([1, 3], grad=True, **totals)
+    if loss_type == "bnpo":
+        assert a + b == pytest.approx(0.167087097, abs=1e-8)
+    else:
+        assert a + b == pytest.approx(full[0], abs=1e-12)
+        assert torch.allclose(grad, loss_of(loss_type=loss_type, beta=0.1, grad=True), atol=1e-12)
+    for name in ("kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
+        assert (ma[name] + mb[name]).item() == pytest.approx(full[1][name].item(), abs=1e-12), "token-weighted metrics"
+
+
+@pytest.mark.parametrize("loss_type", GOLDEN)
+@pytest.mark.parametrize("fill", [-1.0, 0.0, 1e4])
+def test_masked_entries_change_nothing_even_where_their_exponential_overflows(loss_type, fill):
+    lp, old, ref, mask = fixture()
+    other = (lp.masked_fill(~mask, fill), old.masked_fill(~mask, -fill), ref.masked_fill(~mask, 2 * fill))
+    options = dict(loss_type=loss_type, beta=0.1, max_completion_length=4)
+    assert grpo_loss(*other, A, mask, **options)[0].item() == pytest.approx(loss_of(loss_type=loss_type, beta=0.1)[0])
+
+
+@pytest.mark.parametrize("loss_type", GOLDEN)
+def test_appended_padding_columns_change_nothing(loss_type):
+    """dr_grpo must divide by the constant max_completion_length, not by the padded width."""
+    tensors = [torch.nn.functional.pad(v, (0, 5)) for v in fixture()]
+    loss, _ = grpo_loss(*tensors[:3], A, tensors[3], loss_type=loss_type, beta=0.1, max_completion_length=4)
+    assert loss.item() == pytest.approx(loss_of(loss_type=loss_type, beta=0.1)[0], abs=1e-12)
+
+
+def test_length_bias_per_token_gradient_halves_in_grpo_and_not_in_dr_grpo():
+    def token_gradient(loss_type, length):
+        lp = torch.zeros(1, 8, dtype=torch.float64, requires_grad=True)
+        mask = torch.arange(8)[None] < length
+        loss, _ = grpo_loss(
+            lp, lp.detach(), None, torch.ones(1, dtype=torch.float64), mask,
+            loss_type=loss_type, beta=0.0, max_completion_length=8,
+        )  # fmt: skip
+        loss.backward()
+        return lp.grad[0, 0].item()
+
+    assert token_gradient("grpo", 8) == pytest.approx(token_gradient("grpo", 4) / 2)
+    assert token_gradient("dr_grpo", 8) == pytest.approx(token_gradient("dr_grpo", 4))
+
+
+@pytest.mark.parametrize("loss_type", GOLDEN)
+def test_a_batch_without_loss_tokens_has_loss_zero_and_a_finite_gradient(loss_type):
+    lp = torch.randn(4, 3, requires_grad=True)
+    loss, metrics = grpo_loss(
+        lp, lp.detach(), torch.randn(4, 3), torch.ones(4), torch.zeros(4, 3, dtype=torch.bool),
+        loss_type=loss_type, beta=0.1, max_completion_length=4, num_loss_tokens=0,
+    )  # fmt: skip
+    loss.backward()
+    assert loss.item() == 0 and (lp.grad == 0).all()
+    assert all(math.isfinite(v) for v in metrics.values())
+
+
+def test_k3_is_an_unbiased_estimate_of_the_kl_and_pulls_towards_the_reference():
+    torch.manual_seed(0)
+    policy, reference = torch.randn(2, 6, dtype=torch.float64).log_softmax(-1)
+    exact = (policy.exp() * (policy - reference)).sum().item()
+    actions = torch.multinomial(policy.exp(), 200_000, replacement=True)
+    lp, ref = policy[actions][:, None], reference[actions][:, None]
+    options = dict(loss_type="grpo", beta=1.0, max_completion_length=1)
+    zero, mask = torch.zeros(len(lp), dtype=torch.float64), torch.ones_like(lp, dtype=torch.bool)
+    _, metrics = grpo_loss(lp, lp, ref, zero, mask, **options)
+    assert metrics["kl"].item() == pytest.approx(exact, rel=0.02)
+    for start, sign in [(-0.2, 1.0), (-3.0, -1.0)]:  # above and below the reference at -1: gradient down, up
+        lp = torch.tensor([[start]], requires_grad=True)
+        ref = torch.tensor([[-1.0]])
+        loss, metrics = grpo_loss(lp, lp.detach(), ref, torch.zeros(1), torch.ones(1, 1, dtype=torch.bool), **options)
+        loss.backward()
+        assert metrics["kl"] > 0 and math.copysign(1, lp.grad.item()) == sign
+
+
+def test_equal_rewards_leave_only_the_gradient_of_the_kl():
+    torch.manual_seed(0)
+    lp, ref = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    advantages = group_advantages(torch.ones(4), 4)
+    loss, _ = grpo_loss(lp, lp.detach(), ref, advantages, mask, loss_type="grpo", beta=0.1, max_completion_length=3)
+    (got,) = torch.autograd.grad(loss, lp)
+    expected = 0.1 * (1 - torch.exp(ref - lp.detach())) / 12  # eq: d k3 / d logp = 1 - exp(ref - logp)
+    assert torch.allclose(got, expected, atol=1e-6)
+
+
+def test_small_kl_keeps_its_precision_in_float32():
+    lp = torch.full((1, 1), -1.0)
+    _, metrics = grpo_loss(
+        lp, lp, lp + 1e-4, torch.zeros(1), torch.ones(1, 1, dtype=torch.bool),
+        loss_type="grpo", beta=1.0, max_completion_length=1,
+    )  # fmt: skip
+    assert metrics["kl"].item() == pytest.approx(0.5e-8, rel=0.05)  # k3 ~ d^2 / 2; exp(d) - d - 1 would give 0 or 1e-7
+
+
+@pytest.mark.parametrize("size", [None, 1, 2, 4, 8, 16, 24])
+def test_micro_batches_cover_every_row_once_and_pair_it_with_its_prompt(size):
+    num_prompts, G = 6, 8
+    rows, prompts = torch.arange(num_prompts * G), torch.arange(num_prompts)
+    seen = []
+    for p, r in micro_batches(num_prompts, G, size):
+        chunk = rows[r].tolist()
+        seen += chunk
+        assert len(chunk) == (size or 48)
+        owners = prompts[p].repeat_interleave(len(chunk) // len(prompts[p])).tolist()
+        assert owners == [row // G for row in chunk]
+    assert seen == rows.tolist()

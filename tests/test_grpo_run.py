@@ -1,0 +1,431 @@
+"""Whole runs of grpo_arithmetic.py: what they log, resume, stop on, refuse, and that they learn."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import grpo_arithmetic as grpo
+from common.run import parse
+
+SMALL = dict(
+    batch_size=16, num_generations=4, n_samples=8, epochs=4, max_completion_length=5, eval_samples=2, eval_every=4,
+    save_every=4, temperature=1.0, learning_rate=1e-3,
+)  # fmt: skip  # 4 prompts a step, 2 steps an epoch, 8 steps
+
+
+@pytest.fixture
+def run(tmp_path, micro_model_folder, monkeypatch):
+    """Runs main() in this process with SMALL settings; returns (exit code, run folder)."""
+
+    def start(**flags):
+        settings = {"model_name": micro_model_folder, "output_dir": str(tmp_path / "runs")}
+        if "resume" not in flags:
+            settings |= SMALL
+        settings = {k: v for k, v in (settings | flags).items() if "resume" not in flags or k in flags}
+        argv = ["grpo_arithmetic.py"]
+        for name, value in settings.items():
+            flag = "--" + name.replace("_", "-")
+            if isinstance(value, bool):
+                argv.append(flag if value else flag.replace("--", "--no-", 1))
+            else:
+                argv += [flag, *map(str, value if isinstance(value, (tuple, list)) else [value])]
+        monkeypatch.setattr(sys, "argv", argv)
+        handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            with pytest.raises(SystemExit) as stop:
+                grpo.main(parse(grpo.Args, grpo.__doc__))
+        finally:
+            for number, handler in handlers:
+                signal.signal(number, handler)
+        runs = sorted((tmp_path / "runs" / "grpo_arithmetic").glob("*"), key=lambda p: p.stat().st_mtime)
+        return stop.value.code, runs[-1] if runs else None
+
+    return start
+
+
+def rows(run_dir: Path, name="metrics"):
+    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
+
+
+def timeless(run_dir: Path):
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(run_dir)]
+
+
+def weights(folder: Path):
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_logs_every_step_and_its_table_agrees_with_its_metrics(run):
+    code, folder = run(log_completions=16, rewards=("binary", "rich"), reward_weights=(1.0, 0.5))
+    assert code == 0
+    metrics = {row["step"]: row for row in rows(folder) if "train/reward" in row}
+    assert sorted(metrics) == list(range(1, 9))
+    table = rows(folder, "completions")
+    assert len(table) == 8 * 16
+    for step in range(1, 9):
+        group = [row for row in table if row["step"] == step]
+        for row in group:  # every reward belongs to its own prompt
+            a, op, b = row["prompt"].removeprefix("Calculate: ").removesuffix(" = ").split()
+            problem = grpo.make_problem(int(a), op, int(b))
+            assert row["expected"] == problem.answer
+            assert row["extracted_answer"] == grpo.extract_answer(row["completion"])
+            assert row["is_correct"] == grpo.is_correct(row["completion"], problem)
+            assert row["binary"] == grpo.REWARDS["binary"](row["completion"], problem)
+            assert row["rich"] == pytest.approx(grpo.REWARDS["rich"](row["completion"], problem))
+            assert row["reward"] == pytest.approx(row["binary"] + 0.5 * row["rich"])
+        assert all(len({row["prompt"] for row in group[i : i + 4]}) == 1 for i in range(0, 16, 4))
+        rewards = torch.tensor([row["reward"] for row in group])
+        expected = grpo.group_advantages(rewards, 4).tolist()
+        assert [row["advantage"] for row in group] == pytest.approx(expected, abs=1e-4)
+        logged = metrics[step]
+        assert logged["train/reward"] == pytest.approx(rewards.mean().item(), abs=1e-6)
+        assert logged["train/accuracy"] == pytest.approx((logged["train/rewards/binary/mean"] + 1) / 2, abs=1e-6)
+        assert logged["train/sampling_logp_difference/max"] < 1e-4
+        assert logged["train/clip_ratio/region_mean"] == 0
+    assert metrics[1]["train/kl"] < 1e-9 < metrics[8]["train/kl"]
+    first = rows(folder)[0]
+    assert first["step"] == 0 and {"arithmetic_eval", "arithmetic_eval_low", "eval_hard_accuracy"} <= first.keys()
+    assert (folder / "learning.png").stat().st_size > 5000 and (folder / "health.png").stat().st_size > 5000
+    config = json.loads((folder / "config.json").read_text())
+    assert config["args"]["learning_rate"] == 1e-3 and config["versions"]["torch"] == torch.__version__
+    assert (folder / "grpo_arithmetic.py").read_text() == (ROOT / "grpo_arithmetic.py").read_text()
+    AutoModelForCausalLM.from_pretrained(folder / "best")
+
+
+def test_the_ids_in_the_loss_are_the_ids_that_were_sampled(run, monkeypatch):
+    sampled, trained = [], []
+    generate, logprobs = grpo.generate, grpo.token_logprobs
+
+    def spy_generate(*args, **kwargs):
+        out = generate(*args, **kwargs)
+        sampled.append((kwargs["num_generations"], out[0].clone(), out[1].clone()))
+        return out
+
+    def spy_logprobs(model, prompt_ids, lengths, ids, mask, **kwargs):
+        trained.append((ids.clone(), mask.clone()))
+        return logprobs(model, prompt_ids, lengths, ids, mask, **kwargs)
+
+    monkeypatch.setattr(grpo, "generate", spy_generate)
+    monkeypatch.setattr(grpo, "token_logprobs", spy_logprobs)
+    run(epochs=1, eval_every=0, beta=0.0)
+    rollouts = [(ids, mask) for G, ids, mask in sampled if G == 4 and len(ids) == 16]
+    assert len(trained) == 2
+    for (ids, mask), (ids_in_loss, mask_in_loss) in zip(rollouts, trained):
+        assert torch.equal(ids, ids_in_loss) and torch.equal(mask, mask_in_loss)
+
+
+def test_one_seed_gives_one_run_and_another_seed_another(run):
+    first, second, other = (timeless(run(epochs=2, seed=seed)[1]) for seed in (1, 1, 2))
+    assert first == second != other
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"fresh": True, "num_iterations": 2, "micro_batch_size": 8},
+        {"curriculum": "dynamic", "lr_schedule": "cosine", "low_memory_reference": True, "rewards": ("rich", "length")},
+    ],
+)
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(run, options, tmp_path):
+    code, whole = run(keep=10, **options)
+    broken = tmp_path / "runs" / "grpo_arithmetic" / "broken"
+    shutil.copytree(whole, broken, symlinks=True)
+    shutil.rmtree(broken / "checkpoints" / "step-000008")
+    (broken / "metrics.jsonl").open("a").write('{"step": 9, "torn')  # what a kill leaves behind
+    assert run(resume=broken)[0] == 0
+    assert timeless(broken) == timeless(whole)
+    assert (broken / "completions.jsonl").read_text() == (whole / "completions.jsonl").read_text()
+    for name in ("model.safetensors", "trainer.safetensors"):
+        a, b = (load_file(folder / "checkpoints" / "step-000008" / name) for folder in (broken, whole))
+        assert same(a, b)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"share_prompt": False},
+        {"micro_batch_size": 2},
+        {"micro_batch_size": 8},
+        {"low_memory_reference": True},
+        {"gradient_checkpointing": True},
+        {"attn_implementation": "sdpa"},
+    ],
+)
+def test_options_that_change_memory_do_not_change_the_run(run, options):
+    base, other = (timeless(run(epochs=1, **o)[1]) for o in ({}, options))
+    assert len(base) == len(other)
+    for a, b in zip(base, other):
+        assert a.keys() == b.keys()
+        for key in a:
+            loose = 2e-3 if "sampling_logp" not in key else 1e-4
+            assert a[key] == pytest.approx(b[key], abs=loose, rel=loose), key
+
+
+def test_two_processes_equal_one(run, tmp_path, micro_model_folder):
+    _, single = run(epochs=2)
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (SMALL | {"epochs": 2}).items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29531"]
+    command += [str(ROOT / "grpo_arithmetic.py"), f"--model-name={micro_model_folder}", *flags]
+    out = subprocess.run(
+        [*command, f"--output-dir={tmp_path}/two"], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert out.returncode == 0, out.stderr[-2000:]
+    (double,) = (tmp_path / "two" / "grpo_arithmetic").glob("*")
+    for a, b in zip(timeless(single), timeless(double), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=1e-3, rel=1e-3), (a["step"], key)
+    for a, b in zip(rows(single, "completions"), rows(double, "completions")):
+        assert a["prompt"] == b["prompt"] and a["completion"] == b["completion"]
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_and_keeps_the_weights(run, monkeypatch):
+    loss_function, calls = grpo.grpo_loss, []
+
+    def broken(*args, **kwargs):
+        loss, metrics = loss_function(*args, **kwargs)
+        calls.append(None)
+        return (loss * float("nan") if len(calls) == 2 else loss), metrics
+
+    monkeypatch.setattr(grpo, "grpo_loss", broken)
+    _, folder = run(epochs=2, save_every=1, keep=10)
+    skipped = [row["train/skipped_steps"] for row in rows(folder) if "train/reward" in row]
+    assert skipped == [0, 1, 1, 1]
+    at = [weights(folder / "checkpoints" / f"step-00000{i}") for i in range(1, 5)]
+    assert same(at[0], at[1]) and not same(at[1], at[2])
+
+
+def test_a_batch_with_every_completion_truncated_is_left_out_if_asked(run, monkeypatch, micro_model_folder):
+    monkeypatch.setattr(grpo, "stop_token_ids", lambda *_: [263])  # beyond the tokenizer: never sampled
+    _, folder = run(epochs=1, mask_truncated_completions=True)
+    assert all(r["train/completions/clipped_ratio"] == 1 for r in rows(folder) if "train/reward" in r)
+    assert rows(folder)[-1]["step"] == 2 and same(weights(folder / "last"), weights(Path(micro_model_folder)))
+    _, folder = run(epochs=1)
+    assert not same(weights(folder / "last"), weights(Path(micro_model_folder)))
+
+
+def test_early_stopping_stops_and_best_points_at_the_best(run):
+    _, folder = run(learning_rate=0.0, eval_every=1, early_stopping_patience=2, epochs=4)
+    assert rows(folder)[-1]["step"] == 3  # best at 1, no gain at 2 and 3
+    assert (folder / "best").resolve().name == "step-000001"
+    assert (folder / "last").resolve().name == "step-000003"
+
+
+def test_the_best_checkpoint_has_the_best_validation_accuracy(run, monkeypatch):
+    scores = iter([0.1, 0.3, 0.9, 0.2, 0.4])  # before training, then after every second step
+    sample_answers = grpo.sample_answers
+
+    def scripted(model, tokenizer, problems, *, seed=0, **kwargs):
+        correct, texts = sample_answers(model, tokenizer, problems, seed=seed, **kwargs)
+        return (correct * 0 + next(scores), texts) if seed == 1 else (correct, texts)
+
+    monkeypatch.setattr(grpo, "sample_answers", scripted)
+    _, folder = run(eval_every=2, save_every=0, keep=1)
+    assert (folder / "best").resolve().name == "step-000004"
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"step-000004", "step-000008"}
+
+
+def test_a_curriculum_really_switches_the_problems(run):
+    _, folder = run(curriculum="three_stage", epochs=10, n_samples=30, eval_every=0, batch_size=16, log_completions=16)
+    table, levels = rows(folder, "completions"), {}
+    for row in rows(folder):
+        if "train/curriculum_level" in row:
+            levels.setdefault(row["train/curriculum_level"], []).append(row["step"])
+    total = max(row["step"] for row in table)
+    assert levels[0][-1] == total * 0.2 and levels[1][-1] == total * 0.5 and levels[2][-1] == total
+    operations = {i: {row["prompt"].split()[2] for row in table if row["step"] in steps} for i, steps in levels.items()}
+    assert operations[0] == {"+"} and operations[1] == operations[2] == {"+", "-", "*"}
+    largest = max(int(row["prompt"].split()[1]) for row in table if row["step"] in levels[2])
+    assert largest > 10 >= max(int(row["prompt"].split()[1]) for row in table if row["step"] in levels[1])
+
+
+def test_fresh_problems_are_new_at_every_step_and_counted_as_seen(run):
+    _, folder = run(fresh=True, eval_every=2, max_num=20)
+    table = rows(folder, "completions")
+    prompts = [frozenset(r["prompt"] for r in table if r["step"] == step) for step in range(1, 9)]
+    assert len(set(prompts)) == 8
+    unseen = [row["arithmetic_eval_unseen_n"] for row in rows(folder) if "arithmetic_eval_unseen_n" in row]
+    assert unseen[0] == 200 and unseen[-1] < 200
+
+
+def test_init_from_starts_a_new_run_at_the_best_weights(run):
+    _, first = run()
+    _, second = run(init_from=first, learning_rate=0.0, epochs=1)
+    assert second != first and same(weights(second / "last"), weights(first / "best"))
+
+
+def test_eval_only_measures_what_the_run_measured_before_training(run):
+    _, trained = run(epochs=1)
+    code, measured = run(eval_only=True)
+    a, b = timeless(trained)[0], timeless(measured)[0]
+    assert code == 0 and all(a[k] == b[k] for k in b if "unseen" not in k)
+    assert len(rows(measured, "evaluation")) == 200
+
+
+BAD = [
+    (dict(batch_size=250, num_generations=16), "--batch-size 240"),
+    (dict(batch_size=512, num_generations=4, n_samples=50), "lower --batch-size to 200"),
+    (dict(n_samples=400, max_num=10), "only 363 different problems"),
+    (dict(num_generations=1), "at least 2"),
+    (dict(temperature=0.0), "temperature 0"),
+    (dict(max_completion_length=200), "context of 128"),
+    (dict(model_name="no/such-model"), "bundled model"),
+    (dict(dataset_type="mixed"), "arithmetic"),
+    (dict(eval_dataset="no/such-data"), "neither a file nor a data set"),
+    (dict(eval_dataset="missing.jsonl"), "cannot be read"),
+    (dict(rewards=("binry",)), "known: binary"),
+    (dict(rewards=("binary", "length"), reward_weights=(1.0,)), "give one each"),
+    (dict(operations="+x"), "any of + - * /"),
+    (dict(op_weights=(1.0, 2.0)), "needs 3 weights"),
+    (dict(min_num=5, max_num=3), "above"),
+    (dict(micro_batch_size=3), "must divide"),
+    (dict(delta=1.1), "above 1 + epsilon"),
+    (dict(attn_implementation="flash_attention_2"), "flash-attn is not installed"),
+    (dict(device="cuda"), "no CUDA device"),
+    (dict(curriculum="progressive", batch_size=256, num_generations=4, n_samples=100), "36 training problems"),
+    (dict(resume="no/such/run"), "does not exist"),
+    (dict(init_from="no/such/run"), "does not exist"),
+    (dict(learning_rate="fast"), "fast"),
+    (dict(no_such_flag=1), "no-such-flag"),
+]
+
+
+@pytest.mark.parametrize("flags, words", BAD, ids=[" ".join(f"{k}={v}" for k, v in flags.items()) for flags, _ in BAD])
+def test_wrong_input_ends_in_one_helpful_line_and_exit_code_2(run, capfd, flags, words):
+    if "device" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    code, folder = run(**flags)
+    out, err = capfd.readouterr()
+    assert code == 2 and folder is None
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err, err
+    assert not out
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("not json", "cannot be read"),
+        ("", "holds no problems"),
+        ('{"question": "1 + 1", "answer": "2"}\n', "column 'prompt' is missing in 1 of 1"),
+        ("[1, 2]\n", "one JSON object a line"),
+    ],
+)
+def test_unreadable_evaluation_files_are_refused(run, tmp_path, capfd, content, words):
+    path = tmp_path / "eval.jsonl"
+    path.write_text(content)
+    assert run(eval_dataset=path)[0] == 2
+    assert words in capfd.readouterr().err
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(run, capfd):
+    _, folder = run(epochs=1)
+    step = (folder / "last").resolve()
+    good = copy.copy((step / "trainer.json").read_text())
+
+    def refused(words):
+        capfd.readouterr()
+        assert run(resume=folder)[0] == 2
+        err = capfd.readouterr().err
+        assert words in err and len([line for line in err.splitlines() if line.startswith("error:")]) == 1, err
+
+    (step / "trainer.json").write_text(good.replace('"grpo_arithmetic"', '"ppo_fetch"'))
+    refused("belongs to ppo_fetch")
+    (step / "trainer.json").write_text(good[: len(good) // 2])
+    refused("cannot be read")
+    (step / "trainer.json").write_text(good)
+    (step / "trainer.safetensors").write_bytes(b"garbage")
+    refused("cannot be read")
+    (step / "model.safetensors").write_bytes(b"garbage")
+    refused("cannot be loaded")
+    (folder / "config.json").write_text("{}")
+    refused("not a run folder")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_leave_a_resumable_run_and_a_finished_wandb_run(run, tmp_path, micro_model_folder, number):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (SMALL | {"epochs": 5000, "save_every": 0}).items()]
+    command = [sys.executable, str(ROOT / "grpo_arithmetic.py"), f"--model-name={micro_model_folder}", *flags]
+    process = subprocess.Popen(
+        [*command, "--eval-every=0", "--track", f"--output-dir={tmp_path}/runs"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.time() + 120
+        while not any(path.read_text().count("\n") > 5 for path in tmp_path.glob("runs/*/*/metrics.jsonl")):
+            assert time.time() < deadline and process.poll() is None, process.stdout.read()
+            time.sleep(0.1)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number, output
+    assert "continue with:" in output
+    (folder,) = tmp_path.glob("runs/*/*")
+    (wandb_log,) = folder.glob("wandb/offline-run-*/*.wandb")
+    assert wandb_exit_code(wandb_log) == 128 + number, "the wandb run was closed, with the exit code"
+    step = json.loads((folder / "last" / "trainer.json").read_text())["step"]
+    config = json.loads((folder / "config.json").read_text())
+    config["args"] |= {"epochs": step // 2 + 2, "track": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert run(resume=folder)[0] == 0
+    steps = [row["step"] for row in rows(folder) if "train/reward" in row]
+    assert steps == list(range(1, (step // 2 + 2) * 2 + 1)), "every step once"
+
+
+def wandb_exit_code(path: Path):
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(path))
+    code = None
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "exit":
+            code = record.exit.exit_code
+    return code
+
+
+def test_alarms_say_what_is_wrong():
+    healthy = {
+        "train/frac_reward_zero_std": 0.2, "train/reward": 0.1, "train/kl": 0.05, "train/skipped": 0,
+        "train/completions/clipped_ratio": 0.1, "train/entropy": 0.5,
+    }  # fmt: skip
+    assert grpo.alarms(healthy) == {}
+    for key, value, words in [
+        ("train/frac_reward_zero_std", 1.0, "same reward"),
+        ("train/kl", 30.0, "leaving its language"),
+        ("train/completions/clipped_ratio", 1.0, "max-completion-length"),
+        ("train/skipped", 1, "not finite"),
+        ("train/entropy", 0.001, "deterministic"),
+    ]:
+        (text,) = grpo.alarms(healthy | {key: value}).values()
+        assert words in text
+
+
+def test_the_bundled_model_learns(run):
+    """Forty small steps lift the reward on fixed problems far above the noise of a batch."""
+    _, folder = run(
+        model_name=grpo.TINY_MODEL, batch_size=64, num_generations=16, n_samples=4, epochs=40, learning_rate=3e-4,
+        eval_every=0, eval_samples=1, max_completion_length=16, temperature=0.7,
+    )  # fmt: skip
+    rewards = [row["train/reward"] for row in rows(folder) if "train/reward" in row]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.4

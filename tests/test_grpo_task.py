@@ -1,0 +1,229 @@
+"""Problems, answers, rewards and the evaluation set."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from assets.build_arithmetic_eval import text as eval_file_text
+from grpo_arithmetic import (
+    CURRICULA,
+    EVAL_BANDS,
+    REWARDS,
+    Args,
+    Level,
+    draw_bands,
+    draw_batch,
+    draw_unique,
+    eval_metrics,
+    extract_answer,
+    is_correct,
+    learning_rate_at,
+    load_problems,
+    make_problem,
+    next_level,
+    pass_at_k,
+    wilson,
+)
+
+EVAL = ROOT / "assets" / "arithmetic_eval.jsonl"
+
+EXTRACTED = {
+    # the integer at the start, whatever follows it
+    "8": "8", " 8": "8", "8\n": "8", "8.": "8", "8 apples": "8", "8<": "8", "8abc": "8", "8 = 3 + 5": "8", "-8": "-8",
+    "\t\n -8 ": "-8", "56 or 57": "56", "5.0": "5", "1,234": "1", "3 + 5 = 8": "3", "8-9": "8", "8 8": "8", "0": "0",
+    # not the same text as the answer, though a human might accept it
+    "007": "007", "-0": "-0", "+5": "+5", "- 5": "-", "--5": "--5", "five": "five", "٣": "٣", "８": "８", "½": "½",
+    # the answer does not come first, so it is not the answer
+    "the answer is 8": "the", "= 8": "=", "Calculate: 3 + 5 = 8": "Calculate:", "x8": "x8", "$8": "$8", "(8)": "(8)",
+    "": "", "   ": "", "\n": "", "-": "-", ".5": ".5", "?": "?",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("completion", EXTRACTED)
+def test_answer_extraction_follows_its_rule_on_adversarial_texts(completion):
+    assert extract_answer(completion) == EXTRACTED[completion]
+
+
+@given(st.text())
+def test_no_text_breaks_extraction_or_a_reward(completion):
+    answer = extract_answer(completion)
+    assert answer == "" or answer in completion
+    for reward in REWARDS.values():
+        assert -1.0 <= reward(completion, make_problem(3, "+", 5)) <= 1.0
+
+
+def test_endless_digits_break_nothing():
+    assert all(-1 <= reward("9" * 10_000, make_problem(3, "+", 5)) <= 1 for reward in REWARDS.values())
+
+
+def test_the_reward_reads_the_completion_and_never_the_prompt():
+    """The research code cut len(prompt) characters off the completion and so rewarded repeating the prompt."""
+    problem = make_problem(3, "+", 5)
+    assert REWARDS["binary"]("8", problem) == 1.0
+    assert REWARDS["binary"]("Calculate: 3 + 5 = 8", problem) == -1.0
+    assert REWARDS["binary"](problem.prompt + "8", problem) == -1.0
+
+
+def test_a_number_cut_short_counts_as_the_number_that_is_there():
+    assert REWARDS["binary"]("1", make_problem(3, "*", 4)) == -1.0  # "12" truncated
+    assert REWARDS["rich"]("1", make_problem(3, "*", 4)) == -0.5
+    assert REWARDS["binary"]("1", make_problem(1, "*", 1)) == 1.0
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        # right answer 12 = 3 * 4; completions 12, 13, 10, 9, 17, 7 (= 3 + 4), -1 (= 3 - 4), 30, and no integer
+        ("binary", [1, -1, -1, -1, -1, -1, -1, -1, -1]),
+        ("partial_credit", [1, 0.5, 0.25, 0.25, 0.25, 0.25, -0.5, -1, -1]),
+        ("rich", [1, 0.7, 0.4, 0.1, 0.1, 0.1, -0.5, -0.5, -1]),
+        ("rich_exponential", [1, 0.8, 0.5, 0.7**3, 0.7**5, 0.7**5, 0.7**13, 0.7**18, -1]),
+        ("length", [0] * 9),
+    ],
+)
+def test_rewards_have_their_specified_values(name, expected):
+    completions = ["12", "13", "10", "9", "17", "7", "-1", "30", "twelve"]
+    assert [REWARDS[name](c, make_problem(3, "*", 4)) for c in completions] == pytest.approx(expected)
+
+
+def test_length_reward_falls_as_a_square_between_20_and_100_characters():
+    rewards = [REWARDS["length"]("x" * n, make_problem(1, "+", 1)) for n in (20, 60, 100, 500)]
+    assert rewards == pytest.approx([0.0, -0.5 * 0.25, -0.5, -0.5])
+
+
+def test_problems_are_right_and_unique_and_a_function_of_the_seed():
+    level = Level(0, 20, "+-*/")
+    problems = draw_unique(np.random.default_rng(3), level, 500)
+    assert len({p.prompt for p in problems}) == 500
+    for p in problems:
+        expression = p.prompt.removeprefix("Calculate: ").removesuffix(" = ")
+        assert eval(expression) == int(p.answer)  # also proves that divisions are exact
+    assert problems == draw_unique(np.random.default_rng(3), level, 500)
+    assert problems != draw_unique(np.random.default_rng(4), level, 500)
+
+
+@pytest.mark.parametrize("level", [Level(0, 10), Level(0, 20), Level(0, 5, "+"), Level(-3, 4, "+-*/"), Level(0, 9, "/")])
+def test_the_number_of_different_problems_is_exact(level):
+    numbers = range(level.low, level.high + 1)
+    prompts = {
+        make_problem(a, op, b).prompt
+        for a, op, b in itertools.product(numbers, level.operations, numbers)
+        if not (op == "/" and b == 0)
+    }
+    assert level.count() == len(prompts)
+    assert {p.prompt for p in draw_unique(np.random.default_rng(0), level, len(prompts))} == prompts
+
+
+def test_known_problem_counts():
+    assert Level(0, 10).count() == 363 and Level(0, 20).count() == 1323
+    assert Level(0, 10, "+-*", (1.0, 0.0, 1.0)).count() == 242
+
+
+def test_operation_weights_set_the_proportions():
+    problems = draw_unique(np.random.default_rng(0), Level(0, 50, "+-*", (0.2, 0.4, 0.4)), 2000)
+    share = [sum(p.operation == op for p in problems) / 2000 for op in "+-*"]
+    assert share == pytest.approx([0.2, 0.4, 0.4], abs=0.04)
+
+
+def test_the_committed_evaluation_set_is_the_one_its_builder_draws():
+    assert EVAL.read_text() == eval_file_text()
+    problems = load_problems(str(EVAL))
+    assert [(p.prompt, p.answer) for p in problems] == [(p.prompt, p.answer) for p in draw_bands(2025)]
+    for band, (n, level) in EVAL_BANDS.items():
+        members = [p for p in draw_bands(2025) if p.difficulty == band]
+        assert len(members) == n
+        # a division's first operand is rounded down to a multiple of the second, possibly to 0
+        assert all(level.low <= x <= level.high for p in members for x in p.operands if p.operation != "/")
+        assert {p.operation for p in members} <= set(level.operations)
+
+
+def test_the_origins_evaluation_file_loads_and_is_consistent():
+    path = ROOT.parent / "shared" / "data" / "arithmetic_eval.jsonl"
+    if not path.exists():
+        pytest.skip("the origin's evaluation file is not part of the repository")
+    problems = load_problems(str(path))
+    assert len(problems) == 200
+    for p in problems:
+        expression = p.prompt.removeprefix("Calculate: ").removesuffix(" = ")
+        assert int(eval(expression)) == int(p.answer) and p.operation in expression
+
+
+def test_every_epoch_visits_each_problem_at_most_once_in_a_new_order():
+    pool = draw_unique(np.random.default_rng(0), Level(0, 20), 100)
+    epochs = [[p for step in range(6 * e, 6 * e + 6) for p in draw_batch(pool, step, 16, [42])] for e in range(3)]
+    assert all(len({p.prompt for p in epoch}) == 96 for epoch in epochs)
+    assert epochs[0] != epochs[1] and {p.prompt for e in epochs for p in e} > {p.prompt for p in epochs[0]}
+    assert draw_batch(pool, 7, 16, [42]) == draw_batch(pool, 7, 16, [42]) != draw_batch(pool, 7, 16, [43])
+
+
+def test_curricula_switch_where_they_should():
+    stages = [next_level("three_stage", 0, i / 100, []) for i in range(100)]
+    assert [stages.index(n) for n in (0, 1, 2)] == [0, 20, 50]
+    stages = [next_level("progressive", 0, i / 100, []) for i in range(100)]
+    assert [stages.index(n) for n in range(4)] == [0, 25, 50, 75]
+    assert [level.high for _, level in CURRICULA["progressive"]] == [5, 10, 15, 20]
+    assert next_level("none", 0, 0.9, [1.0] * 10) == 0
+
+
+def test_the_dynamic_curriculum_moves_by_the_mean_of_ten_rewards():
+    assert next_level("dynamic", 1, 0.0, [1.0] * 9) == 1  # too few to judge
+    assert next_level("dynamic", 1, 0.0, [0.8] * 10) == 2
+    assert next_level("dynamic", 1, 0.0, [0.2] * 10) == 0
+    assert next_level("dynamic", 1, 0.0, [0.5] * 10) == 1
+    assert next_level("dynamic", 0, 0.0, [-1.0] * 10) == 0 and next_level("dynamic", 4, 0.0, [1.0] * 10) == 4
+    assert next_level("dynamic", 1, 0.0, [-1.0] * 30 + [1.0] * 10) == 2  # old rewards do not count
+
+
+def test_learning_rate_schedules():
+    args = Args(learning_rate=1.0, warmup_ratio=0.1)
+    for schedule in ("linear", "cosine", "constant"):
+        args.lr_schedule = schedule
+        rates = [learning_rate_at(step, 100, args) for step in range(100)]
+        assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and rates[10] == 1.0
+        assert rates[55] == pytest.approx({"linear": 0.5, "cosine": 0.5, "constant": 1.0}[schedule])
+        assert rates[99] == pytest.approx({"linear": 1 / 90, "cosine": 3.0459e-4, "constant": 1.0}[schedule], rel=1e-3)
+
+
+def test_wilson_interval_has_its_textbook_values():
+    assert wilson(84, 200) == pytest.approx((0.35375, 0.48920), abs=1e-4)
+    assert wilson(0, 40) == pytest.approx((0.0, 0.08762), abs=1e-4)
+    assert wilson(40, 40) == pytest.approx((0.91238, 1.0), abs=1e-4)
+
+
+def test_pass_at_k_equals_the_average_over_all_subsets():
+    samples = [1, 0, 0, 1, 0, 0]
+    for k in range(1, 7):
+        subsets = list(itertools.combinations(samples, k))
+        assert pass_at_k(6, 2, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_evaluation_metrics_split_by_band_operation_and_overlap():
+    problems = load_problems(str(EVAL))
+    right = np.array([[p.difficulty == "easy", True] for p in problems], dtype=float)
+    trained = {p.prompt for p in problems if p.difficulty != "easy"}
+    metrics = eval_metrics(problems, right, right[:, :1], trained)
+    assert metrics["arithmetic_eval"] == pytest.approx((200 + 40) / 400)
+    assert metrics["arithmetic_eval_correct"] == 240 and metrics["arithmetic_eval_total"] == 400
+    assert metrics["arithmetic_eval_greedy"] == pytest.approx(0.2)
+    assert metrics["eval_easy_accuracy"] == 1.0 and metrics["eval_hard_accuracy"] == 0.5
+    assert metrics["arithmetic_eval_unseen"] == 1.0
+    assert metrics["arithmetic_eval_unseen_n"] == 40 - sum(p.prompt in trained for p in problems if p.difficulty == "easy")
+    for name, value in metrics.items():
+        if name + "_low" in metrics:
+            assert metrics[name + "_low"] <= value <= metrics[name + "_high"]
+
+
+def test_is_correct_is_exact_text_equality_after_extraction():
+    problem = make_problem(3, "-", 10)
+    assert is_correct("-7", problem) and is_correct(" -7.", problem)
+    assert not is_correct("7", problem) and not is_correct("-70", problem) and not is_correct("-07", problem)
+
+
+def test_eval_file_rows_have_the_documented_fields():
+    row = json.loads(EVAL.read_text().splitlines()[0])
+    assert list(row) == ["index", "prompt", "answer", "difficulty", "metadata"]
