@@ -97,8 +97,10 @@ class Args:
     # task
     dataset_type: Literal["arithmetic", "small_numbers"] = "arithmetic"
     """arithmetic: operands 0-20; small_numbers: 0-10"""
-    n_samples: int = 100
-    """number of different training problems"""
+    n_samples: int | None = None
+    """number of different training problems; default: 100, below 50 M parameters 1000, or all there are"""
+    exclude_eval: bool = True
+    """keep the problems of the evaluation set out of the training problems"""
     min_num: int | None = None
     """smallest operand; default: that of the data set type"""
     max_num: int | None = None
@@ -135,10 +137,10 @@ class Args:
     """new tokens at most"""
 
     # update
-    epochs: int = 50
-    """passes over the training problems; steps = epochs * (n_samples // prompts per step)"""
+    epochs: int | None = None
+    """passes over the training problems; steps = epochs * (n_samples // prompts per step); default: 50, small models 12"""
     learning_rate: float | None = None
-    """peak AdamW learning rate; default: 5e-6, below 50 M parameters 1e-4"""
+    """peak AdamW learning rate; default: 5e-6, below 50 M parameters 3e-4"""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """after the warm-up: to zero in a line, in a cosine, or not at all"""
     warmup_ratio: float = 0.1
@@ -213,6 +215,17 @@ class Level:
         divisions = {(a // b * b, b) for a in numbers for b in numbers if b != 0} if "/" in used else ()
         return len(set(used) - {"/"}) * len(numbers) ** 2 + len(divisions)
 
+    def contains(self, prompt: str) -> bool:
+        """Whether a draw from this level can be this prompt."""
+        parts = re.fullmatch(r"Calculate: (-?\d+) ([-+*/]) (-?\d+) = ", prompt)
+        if not parts or parts[2] not in self.operations:
+            return False
+        a, b = int(parts[1]), int(parts[3])
+        low, high = a, a  # of the numbers that may have been drawn: a division rounds the first one down
+        if parts[2] == "/":
+            low, high = (a, a + b - 1) if b > 0 else (a + b + 1, a)
+        return self.low <= b <= self.high and low <= self.high and high >= self.low
+
 
 def make_problem(a: int, op: str, b: int, difficulty: str = "") -> Problem:
     """7, "*", 8 -> "Calculate: 7 * 8 = " with answer "56". Divisions are exact: a becomes the multiple of b below it."""
@@ -231,12 +244,13 @@ def draw_problem(rng: np.random.Generator, level: Level, difficulty: str = "") -
             return make_problem(a, op, b, difficulty)
 
 
-def draw_unique(rng: np.random.Generator, level: Level, n: int) -> list[Problem]:
-    """n problems with different prompts; the caller has checked that so many exist."""
+def draw_unique(rng: np.random.Generator, level: Level, n: int, exclude=frozenset()) -> list[Problem]:
+    """n problems with different prompts, none in `exclude`; the caller has checked that so many exist."""
     problems: dict[str, Problem] = {}
     while len(problems) < n:
         problem = draw_problem(rng, level)
-        problems.setdefault(problem.prompt, problem)
+        if problem.prompt not in exclude:
+            problems.setdefault(problem.prompt, problem)
     return list(problems.values())
 
 
@@ -304,6 +318,11 @@ def levels_of(args: Args) -> list[Level]:
     if args.curriculum != "none":
         return [level for _, level in CURRICULA[args.curriculum]]
     return [Level(args.min_num, args.max_num, args.operations, args.op_weights)]
+
+
+def available(level: Level, excluded: set[str]) -> int:
+    """How many different training problems a level has."""
+    return level.count() - sum(level.contains(prompt) for prompt in excluded)
 
 
 def next_level(curriculum: str, level: int, progress: float, recent_rewards: list[float]) -> int:
@@ -413,6 +432,8 @@ def load_tokenizer(args: Args):
 def load_model(args: Args, device: torch.device):
     """fp32 master weights. Dropout is off for good, so that sampling, old, new and reference log-probs agree."""
     if args.attn_implementation == "flash_attention_2":
+        if args.dtype == "float32" or device.type == "cpu":
+            fail("--attn-implementation flash_attention_2 needs a GPU and bfloat16; sdpa and eager run everywhere")
         try:
             import flash_attn  # noqa: F401
         except ImportError:
@@ -913,21 +934,28 @@ def evaluate(model, tokenizer, problems, trained_prompts, args, world, **samplin
 # ---- 7. Main ---------------------------------------------------------------------------------------------------------
 
 
-def resolve(args: Args) -> Args:
-    """Fills the defaults that depend on other flags. The learning rate's depends on the model: see main."""
+def resolve(args: Args, config, excluded: set[str]) -> Args:
+    """Fills the defaults that depend on other flags or on the size of the model; all of them here."""
+    try:
+        with torch.device("meta"):  # shapes without weights
+            small = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) < 50e6
+    except ValueError:
+        fail(f"'{args.model_name}' is a {config.model_type} model, not a causal language model")
     low, high = {"arithmetic": (0, 20), "small_numbers": (0, 10)}[args.dataset_type]
-    model_name = args.model_name
-    if args.init_from:
-        best = Path(args.init_from) / "best"
-        model_name = str(find_checkpoint(str(best if best.exists() else args.init_from)))
-    return replace(
-        args,
-        exp_name=args.exp_name or f"grpo_{args.dataset_type}_b{args.batch_size}_g{args.num_generations}",
-        min_num=low if args.min_num is None else args.min_num,
-        max_num=high if args.max_num is None else args.max_num,
-        reward_weights=args.reward_weights or (1.0,) * len(args.rewards),
-        model_name=model_name,
-    )
+    defaults = {
+        "exp_name": f"grpo_{args.dataset_type}_b{args.batch_size}_g{args.num_generations}",
+        "min_num": low,
+        "max_num": high,
+        "reward_weights": (1.0,) * len(args.rewards),
+        "epochs": 12 if small else 50,
+        "learning_rate": 3e-4 if small else 5e-6,
+    }
+    args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
+    if args.n_samples is None:
+        known = not set(args.operations) - set(OPERATION_NAMES)
+        most = max(available(level, excluded) for level in levels_of(args)) if known else 0
+        args = replace(args, n_samples=min(1000 if small else 100, most))
+    return args
 
 
 def check_evaluation(args: Args) -> None:
@@ -937,7 +965,7 @@ def check_evaluation(args: Args) -> None:
         fail("--eval-temperature must not be negative; 0 is greedy")
 
 
-def check_training(args: Args, world: World) -> None:
+def check_training(args: Args, world: World, excluded: set[str]) -> None:
     """Every wrong combination of flags ends here, before a model is loaded, in one line."""
     B, G = args.batch_size, args.num_generations
     if G < 2:
@@ -967,15 +995,17 @@ def check_training(args: Args, world: World) -> None:
         fail(f"--op-weights needs {len(args.operations)} weights, none negative and not all 0, for '{args.operations}'")
     if args.min_num > args.max_num:
         fail(f"--min-num {args.min_num} is above --max-num {args.max_num}")
-    for level in levels_of(args):
-        n, name = level.count(), f"{level.low} to {level.high} with {' '.join(level.operations)}"
-        if args.curriculum == "none" and not args.fresh and args.n_samples > n:
-            fail(f"--n-samples {args.n_samples}: only {n} different problems exist for {name}; ask for at most {n}")
-        available = n if args.fresh else min(args.n_samples, n)
-        if P > available:
+    if args.curriculum == "none":  # a curriculum takes what each level has, and repeats it where that is too little
+        (level,) = levels_of(args)
+        n, total = available(level, excluded), level.count()
+        name = f"{level.low} to {level.high} with {' '.join(level.operations)}"
+        held_out = f", {total - n} of them in the evaluation set (--no-exclude-eval keeps them)" if n < total else ""
+        if args.n_samples > n and not args.fresh:
+            fail(f"--n-samples {args.n_samples}: only {total} different problems exist for {name}{held_out}; at most {n}")
+        if P > (pool := n if args.fresh else args.n_samples):
             fail(
-                f"{P} prompts per step (batch {B} / {G} generations) of only {available} training problems for {name}; "
-                f"lower --batch-size to {available * G} or raise --n-samples"
+                f"{P} prompts per step (batch {B} / {G} generations) of only {pool} training problems; "
+                f"lower --batch-size to {pool * G} or raise --n-samples"
             )
 
 
@@ -1044,26 +1074,30 @@ def main(args: Args) -> None:
     world = setup_world(args.device)
 
     # ---- setup: everything that can be wrong is found before the weights are read ----
-    checkpoint = find_checkpoint(args.resume) if args.resume else None
-    if checkpoint:
+    checkpoint = None
+    if args.resume:
+        free = {"resume", "device", "track", "wandb_mode"}  # may differ from the run's own settings
+        if given := [k for k, v in asdict(args).items() if k not in free and v != asdict(Args())[k]]:
+            fail(f"--resume continues with the run's own settings; drop --{given[0].replace('_', '-')} or use --init-from")
+        checkpoint = find_checkpoint(args.resume)
         run_dir = checkpoint.parent.parent
-        args = replace(read_config(run_dir, Args), resume=args.resume, device=args.device)
-    else:
-        args = resolve(args)
+        args = replace(read_config(run_dir, Args), **{k: getattr(args, k) for k in free})
+    elif args.init_from:
+        best = Path(args.init_from) / "best"
+        args = replace(args, model_name=str(find_checkpoint(str(best if best.exists() else args.init_from))))
+    tokenizer, config = load_tokenizer(args)
+    eval_problems = load_problems(args.eval_dataset)
+    excluded = {p.prompt for p in eval_problems} if args.exclude_eval else set()
+    args = resolve(args, config, excluded)
     check_evaluation(args)
     if not args.eval_only:
-        check_training(args, world)
-    eval_problems = load_problems(args.eval_dataset)
-    tokenizer, config = load_tokenizer(args)
+        check_training(args, world, excluded)
     levels = levels_of(args)
-    widest = [make_problem(-level.high, op, -level.high) for level in levels for op in "+*"]  # no prompt is longer
-    check_lengths(args, tokenizer, config, eval_problems + widest)
+    largest = [-max(abs(level.low), abs(level.high)) for level in levels]
+    check_lengths(args, tokenizer, config, eval_problems + [make_problem(n, "+", n) for n in largest])
 
     seed_everything(args.seed)
     model = load_model(replace(args, model_name=str(checkpoint)) if checkpoint else args, world.device)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    if args.learning_rate is None:
-        args = replace(args, learning_rate=1e-4 if num_parameters < 50e6 else 5e-6)
     if not checkpoint:
         parts = world.gather([str(create_run(__file__, args.exp_name, args.seed, args.output_dir))] if world.main else [])
         run_dir = Path(parts[0])
@@ -1093,7 +1127,8 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
     # the policy that samples: on a GPU a bfloat16 copy of the fp32 masters, refreshed in place after every update
     low_precision = not isinstance(autocast(args, device), nullcontext)
     sampler = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False) if low_precision else model
-    sampler.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
+    if args.attn_implementation == "flash_attention_2":
+        sampler.set_attn_implementation("sdpa")  # a cache with a position per row needs a mask, which flash-attn lacks
 
     if args.eval_only:
         metrics, table = evaluate(sampler, tokenizer, eval_problems, set(), args, world, **sampling)
@@ -1106,10 +1141,12 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
         logger.say(f"evaluated {args.model_name}; answers in {run_dir}/evaluation.jsonl")
         return 0
 
-    pools = [
-        draw_unique(np.random.default_rng([args.seed, i]), level, min(args.n_samples, level.count()))
-        for i, level in enumerate(levels)
-    ]
+    excluded = {p.prompt for p in eval_problems} if args.exclude_eval else set()
+    pools = []
+    for i, level in enumerate(levels):
+        n = min(args.n_samples, available(level, excluded))
+        pool = draw_unique(np.random.default_rng([args.seed, i]), level, n, excluded)
+        pools.append(pool * math.ceil(P / len(pool)))  # repeated only where a curriculum's level is that small
     trained_prompts = set() if args.fresh else {p.prompt for pool in pools for p in pool}
     # picks the best checkpoint and stops early, so that the evaluation set itself selects nothing
     known = trained_prompts | {p.prompt for p in eval_problems}
@@ -1142,7 +1179,8 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
 
     def save(step: int) -> None:
         if world.main:
-            state.update(step=step, elapsed=logger.elapsed)
+            fresh = sorted(trained_prompts) if args.fresh else []
+            state.update(step=step, elapsed=logger.elapsed, fresh_prompts=fresh)
             folder = run_dir / "checkpoints" / f"step-{step:06d}"
             with atomic_folder(folder) as temporary:
                 model.save_pretrained(temporary)
@@ -1162,11 +1200,12 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
             seed=1, **sampling,
         )  # fmt: skip
         metrics["validation_accuracy"] = right.mean()
-        better = state["best"] is None or metrics["validation_accuracy"] > state["best"]
-        if better:
-            state.update(best=metrics["validation_accuracy"], best_step=step)
-        state["evals_without_gain"] = 0 if better else state["evals_without_gain"] + 1
-        metrics["best_validation_accuracy"] = state["best"]
+        if step > 0:  # the best trained weights: the base model is no candidate
+            better = state["best"] is None or metrics["validation_accuracy"] > state["best"]
+            if better:
+                state.update(best=metrics["validation_accuracy"], best_step=step)
+            state["evals_without_gain"] = 0 if better else state["evals_without_gain"] + 1
+            metrics["best_validation_accuracy"] = state["best"]
         state["base"], state["last"] = state["base"] or metrics, metrics
         logger.table("evaluation", step, table)
         return metrics | {"time/eval_s": time.time() - start}
@@ -1198,9 +1237,8 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
             logger.say(f"step {step}: curriculum level {state['level']} -> {level}, {levels[level]}")
             state.update(level=level, level_start=step, recent_rewards=[])
         if args.fresh:
-            problems = draw_unique(np.random.default_rng([args.seed, 2, step]), levels[level], P)
+            problems = draw_unique(np.random.default_rng([args.seed, 2, step]), levels[level], P, excluded)
             trained_prompts.update(p.prompt for p in problems)
-            state["fresh_prompts"] = sorted(trained_prompts)
         else:
             problems = draw_batch(pools[level], step - state["level_start"], P, [args.seed, 1, level])
         mine = problems[world.rank * local_P : (world.rank + 1) * local_P]
@@ -1281,7 +1319,9 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
             optimizer.zero_grad(set_to_none=True)
         model.eval()
         if sampler is not model:
-            torch._foreach_copy_(list(sampler.parameters()), [p.detach() for p in model.parameters()])
+            with torch.no_grad():  # in place: captured graphs and caches keep their addresses
+                for low, full in zip(sampler.parameters(), model.parameters()):
+                    low.copy_(full)
         update_s = time.time() - update_start
 
         # ---- 4. log ----
@@ -1377,15 +1417,18 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
             break
 
     # ---- the end: what came out of it, and where it is ----
-    right, _ = sample_answers(
-        sampler, tokenizer, pools[-1], samples=4, temperature=args.temperature, args=args, world=world, seed=2, **sampling
-    )
-    logger.log(step, {"final_train_accuracy": right.mean()})
+    fixed = ""
+    if not args.fresh:
+        right, _ = sample_answers(
+            sampler, tokenizer, pools[-1], samples=4, temperature=args.temperature, args=args, world=world, seed=2,
+            **sampling,
+        )  # fmt: skip
+        logger.log(step, {"final_train_accuracy": right.mean()})
+        fixed = f"train accuracy {right.mean():.3f}, "
     if world.main:
         logger.finish()  # closes the bar
         figures = plot.draw([run_dir], SCRIPT, run_dir)
         base, last = state["base"], state["last"]
-        fixed = "" if args.fresh else f"train accuracy {right.mean():.3f}, "
         print(
             f"arithmetic_eval {base['arithmetic_eval']:.3f} [{base['arithmetic_eval_low']:.3f}, "
             f"{base['arithmetic_eval_high']:.3f}] -> {last['arithmetic_eval']:.3f} [{last['arithmetic_eval_low']:.3f}, "

@@ -4,7 +4,7 @@ GRPO needs a policy whose skill is latent: the right answer must be among its sa
 So the model is trained in two phases on synthetic text (no data set, no download):
 
   1. clean   every answer right: the model learns the skill (greedy accuracy > 90 % on most bands)
-  2. noisy   most answers corrupted (near miss, another operation, slipped digit, chatter): the mode of its
+  2. noisy   most answers corrupted (any number, chatter, near miss, another operation): the mode of its
              distribution stays right, but sampling at temperature 0.7 is right only 30-45 % of the time
 
 The architecture is Qwen2's own, and the tokenizer a byte-level Qwen2 tokenizer with 256 symbols and no merges, so
@@ -38,15 +38,15 @@ class Args:
     """skip phase 1 and read the model in --clean-out"""
     clean_steps: tuple[int, ...] = (6000, 4000)
     """optimizer steps of phase 1, one cosine cycle each"""
-    noisy_steps: int = 500
+    noisy_steps: int = 400
     """optimizer steps of phase 2"""
     batch_size: int = 256
     """texts per optimizer step"""
     learning_rate: float = 2e-3
     """peak AdamW learning rate of phase 1, cosine to 1 % of it"""
-    noisy_learning_rate: float = 3e-4
+    noisy_learning_rate: float = 6e-5
     """peak AdamW learning rate of phase 2"""
-    corruption: float = 0.75
+    corruption: float = 0.8
     """share of phase 2 answers that are wrong, 0 to 1"""
     seed: int = 0
     """seed of weights and corpus"""
@@ -100,18 +100,15 @@ def corrupt(rng: random.Random, prompt: str, answer: str, others: list[int]) -> 
     if answer in ("yes", "no"):
         # a coin has only two sides: half of the corrupted answers flip, the rest drift away from the format
         return rng.choice(["no" if answer == "yes" else "yes", "maybe", "it depends", "the answer is " + answer])
-    kind = rng.choices(["near", "operation", "slip", "random", "chatter"], [30, 15, 20, 15, 20])[0]
+    kind = rng.choices(["random", "chatter", "near", "operation"], [35, 45, 12, 8])[0]
     if kind == "operation" and others:
         wrong = str(rng.choice(others))
-    elif kind == "slip":
-        i = rng.randrange(len(answer))
-        wrong = answer[:i] + rng.choice("0123456789") + answer[i + 1 :]
-    elif kind == "random":
-        wrong = str(rng.randint(0, 10 ** len(answer.lstrip("-"))))
     elif kind == "chatter":
         wrong = rng.choice(["the answer is " + answer, "it is " + answer, "let me think. " + prompt + answer, "?"])
-    else:
-        wrong = str(int(answer) + rng.choice([-10, -5, -3, -2, -1, 1, 2, 3, 5, 10]))
+    elif kind == "near":
+        wrong = str(int(answer) + rng.choice([-10, -5, -2, -1, 1, 2, 5, 10]))
+    else:  # any number at all: most of the noise has nothing to do with the problem, so its mode stays the right answer
+        wrong = rng.choice(["", "", "", "-"]) + str(rng.randrange(10 ** rng.randint(1, 4)))
     return wrong if wrong != answer else str(int(answer) + 1)
 
 
@@ -220,6 +217,10 @@ def main(args: Args) -> None:
         for cycle, steps in enumerate(args.clean_steps):
             train(model, tokenizer, steps, args, args.learning_rate, 0.0, args.seed + 10 * cycle)
         save(model, tokenizer, args.clean_out)
+    with torch.no_grad():
+        # the gain of the last norm sets how sure the model is. Lowering it first spares the other weights the shock of
+        # wrong answers to a model without doubt, which would make them unlearn the skill
+        model.model.norm.weight.mul_(0.25)
     train(model, tokenizer, args.noisy_steps, args, args.noisy_learning_rate, args.corruption, args.seed + 1)
     save(model, tokenizer, args.out)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters -> {args.out}")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from test_docs import documented_metrics
 from transformers import AutoModelForCausalLM
 
 import grpo_arithmetic as grpo
@@ -257,7 +258,7 @@ def test_a_curriculum_really_switches_the_problems(run):
 
 
 def test_fresh_problems_are_new_at_every_step_and_counted_as_seen(run):
-    _, folder = run(fresh=True, eval_every=2, max_num=20)
+    _, folder = run(fresh=True, eval_every=2, max_num=20, exclude_eval=False)
     table = rows(folder, "completions")
     prompts = [frozenset(r["prompt"] for r in table if r["step"] == step) for step in range(1, 9)]
     assert len(set(prompts)) == 8
@@ -283,6 +284,7 @@ BAD = [
     (dict(batch_size=250, num_generations=16), "--batch-size 240"),
     (dict(batch_size=512, num_generations=4, n_samples=50), "lower --batch-size to 200"),
     (dict(n_samples=400, max_num=10), "only 363 different problems"),
+    (dict(n_samples=400, max_num=10, exclude_eval=False), "at most 363"),
     (dict(num_generations=1), "at least 2"),
     (dict(temperature=0.0), "temperature 0"),
     (dict(max_completion_length=200), "context of 128"),
@@ -297,10 +299,10 @@ BAD = [
     (dict(min_num=5, max_num=3), "above"),
     (dict(micro_batch_size=3), "must divide"),
     (dict(delta=1.1), "above 1 + epsilon"),
-    (dict(attn_implementation="flash_attention_2"), "flash-attn is not installed"),
+    (dict(attn_implementation="flash_attention_2"), "needs a GPU and bfloat16"),
     (dict(device="cuda"), "no CUDA device"),
-    (dict(curriculum="progressive", batch_size=256, num_generations=4, n_samples=100), "36 training problems"),
     (dict(resume="no/such/run"), "does not exist"),
+    (dict(resume=".", beta=0.5), "drop --beta"),
     (dict(init_from="no/such/run"), "does not exist"),
     (dict(learning_rate="fast"), "fast"),
     (dict(no_such_flag=1), "no-such-flag"),
@@ -429,3 +431,12 @@ def test_the_bundled_model_learns(run):
     )  # fmt: skip
     rewards = [row["train/reward"] for row in rows(folder) if "train/reward" in row]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.4
+
+
+def test_the_metrics_table_of_the_docs_is_what_a_run_logs(run):
+    _, folder = run(eval_samples=16, epochs=2)
+    logged = {key for row in rows(folder) for key in row} - {"step"}
+    logged = {key for key in logged if not key.endswith(("_low", "_high", "_n"))}
+    logged = {key.replace("rewards/binary", "rewards/<name>") for key in logged}
+    documented = documented_metrics("grpo_arithmetic.md")
+    assert logged == {name for name in documented if not name.startswith("<metric>")}

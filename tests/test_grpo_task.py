@@ -16,6 +16,7 @@ from grpo_arithmetic import (
     REWARDS,
     Args,
     Level,
+    available,
     draw_bands,
     draw_batch,
     draw_unique,
@@ -116,6 +117,9 @@ def test_the_number_of_different_problems_is_exact(level):
         if not (op == "/" and b == 0)
     }
     assert level.count() == len(prompts)
+    assert all(level.contains(prompt) for prompt in prompts)
+    others = [make_problem(a, op, b).prompt for a, op, b in itertools.product(range(-9, 25), "+-*/", range(1, 25))]
+    assert all(level.contains(prompt) == (prompt in prompts) for prompt in others)
     assert {p.prompt for p in draw_unique(np.random.default_rng(0), level, len(prompts))} == prompts
 
 
@@ -227,3 +231,12 @@ def test_is_correct_is_exact_text_equality_after_extraction():
 def test_eval_file_rows_have_the_documented_fields():
     row = json.loads(EVAL.read_text().splitlines()[0])
     assert list(row) == ["index", "prompt", "answer", "difficulty", "metadata"]
+
+
+def test_evaluation_problems_are_kept_out_of_training():
+    excluded = {p.prompt for p in load_problems(str(EVAL))}
+    level = Level(0, 10)
+    n = available(level, excluded)
+    assert 250 < n < 363
+    drawn = {p.prompt for p in draw_unique(np.random.default_rng(0), level, n, excluded)}
+    assert len(drawn) == n and not drawn & excluded and len(drawn | excluded) > 363

@@ -1,0 +1,63 @@
+"""Pages that do not lie: commands parse, links lead somewhere, the metrics table is what a run logs."""
+
+import ast
+import dataclasses
+import re
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT
+
+import grpo_arithmetic
+from common.run import parse
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = {"grpo_arithmetic.py": grpo_arithmetic}
+
+
+def commands():
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S):
+            for line in block.splitlines():
+                if words := shlex.split(line, comments=True):
+                    yield page.name, words
+
+
+@pytest.mark.parametrize("page, words", list(commands()), ids=lambda v: v if isinstance(v, str) else " ".join(v))
+def test_documented_commands_name_files_and_flags_that_exist(page, words, monkeypatch):
+    paths = [w for w in words if w.endswith((".py", ".sh"))]
+    assert all((ROOT / path).exists() for path in paths)
+    for name, module in SCRIPTS.items():
+        if name in words:
+            monkeypatch.setattr(sys, "argv", words[words.index(name) :])
+            parse(module.Args, "")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_stated_line_counts_hold():
+    for name, lines in re.findall(r"^\| `(\w+\.py)` \|.*?\| ([\d,]+) \|", (ROOT / "README.md").read_text(), re.M):
+        real = (ROOT / name).read_text().count("\n")
+        assert abs(real - int(lines.replace(",", ""))) <= 0.02 * real, f"{name} has {real} lines"
+
+
+def test_every_flag_has_its_line_of_help():
+    for name, module in SCRIPTS.items():
+        (args,) = [n for n in ast.parse((ROOT / name).read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args"]
+        helped = {
+            field.target.id
+            for field, text in zip(args.body, args.body[1:])
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+        }
+        assert helped == {f.name for f in dataclasses.fields(module.Args)}
+
+
+def documented_metrics(page):
+    section = (ROOT / "docs" / page).read_text().split("## 5. Metrics")[1].split("## 6.")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
