@@ -331,7 +331,9 @@ def next_level(curriculum: str, level: int, progress: float, recent_rewards: lis
         if len(recent_rewards) < 10:
             return level
         mean = sum(recent_rewards[-10:]) / 10
-        return min(level + 1, len(CURRICULA["dynamic"]) - 1) if mean > 0.7 else max(level - 1, 0) if mean < 0.3 else level
+        return (
+            min(level + 1, len(CURRICULA["dynamic"]) - 1) if mean > 0.7 else max(level - 1, 0) if mean < 0.3 else level
+        )
     if curriculum == "none":
         return 0
     return max(i for i, (start, _) in enumerate(CURRICULA[curriculum]) if progress >= start)
@@ -464,7 +466,9 @@ def check_head(model) -> None:
         ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         theirs = model(input_ids=ids, use_cache=False).logits
     if not torch.allclose(ours.float(), theirs.float(), atol=1e-3, rtol=1e-3):
-        fail(f"{type(model).__name__} scales or caps its logits after the output head; this trainer does not support that")
+        fail(
+            f"{type(model).__name__} scales or caps its logits after the output head; this trainer does not support that"
+        )
 
 
 def stop_token_ids(model, tokenizer) -> list[int]:
@@ -584,7 +588,9 @@ def token_logprobs(
 
     # the last token of a completion predicts nothing that is trained: it is not fed
     fed = (lengths - 1).clamp(min=0).view(R, g)
-    offset = (prompt_lengths[:, None] + fed.cumsum(1) - fed).view(B, 1)  # (B, 1) column of each completion's first token
+    offset = (prompt_lengths[:, None] + fed.cumsum(1) - fed).view(
+        B, 1
+    )  # (B, 1) column of each completion's first token
     S = int((prompt_lengths + fed.sum(1)).max())
     t = torch.arange(T, device=device)
     is_fed = t < fed.view(B, 1)  # (B, T)
@@ -976,7 +982,9 @@ def check_training(args: Args, world: World, excluded: set[str]) -> None:
     if P % world.size:
         fail(f"{P} prompts per step ({B} / {G}) cannot be shared by {world.size} processes; make it a multiple of them")
     if args.temperature <= 0:
-        fail("--temperature 0 makes all completions of a prompt equal, so nothing can be learnt from them; 0.7 is usual")
+        fail(
+            "--temperature 0 makes all completions of a prompt equal, so nothing can be learnt from them; 0.7 is usual"
+        )
     micro = args.micro_batch_size
     if micro is not None and (micro < 1 or (micro % G and G % micro)):
         fail(f"--micro-batch-size {micro} must divide --num-generations {G} or be a multiple of it")
@@ -1001,7 +1009,9 @@ def check_training(args: Args, world: World, excluded: set[str]) -> None:
         name = f"{level.low} to {level.high} with {' '.join(level.operations)}"
         held_out = f", {total - n} of them in the evaluation set (--no-exclude-eval keeps them)" if n < total else ""
         if args.n_samples > n and not args.fresh:
-            fail(f"--n-samples {args.n_samples}: only {total} different problems exist for {name}{held_out}; at most {n}")
+            fail(
+                f"--n-samples {args.n_samples}: only {total} different problems exist for {name}{held_out}; at most {n}"
+            )
         if P > (pool := n if args.fresh else args.n_samples):
             fail(
                 f"{P} prompts per step (batch {B} / {G} generations) of only {pool} training problems; "
@@ -1019,7 +1029,9 @@ def check_lengths(args: Args, tokenizer, config, problems: list[Problem]) -> Non
         )
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window and need > window:
-        fail(f"{need} tokens exceed the model's sliding attention window of {window}, which generation does not support")
+        fail(
+            f"{need} tokens exceed the model's sliding attention window of {window}, which generation does not support"
+        )
 
 
 def learning_rate_at(step: int, total: int, args: Args) -> float:
@@ -1028,9 +1040,10 @@ def learning_rate_at(step: int, total: int, args: Args) -> float:
     if step < warmup:
         return args.learning_rate * (step + 1) / warmup
     done = (step - warmup) / max(total - warmup, 1)
-    return args.learning_rate * {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[
-        args.lr_schedule
-    ]
+    return (
+        args.learning_rate
+        * {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[args.lr_schedule]
+    )
 
 
 def micro_batches(num_prompts: int, G: int, size: int | None) -> list[tuple[slice, slice]]:
@@ -1061,9 +1074,13 @@ def alarms(metrics: dict) -> dict[str, str]:
             "model's end token is right"
         )
     if metrics["train/skipped"]:
-        found["skipped"] = "the loss or gradient was not finite or no token was left to train: weights left as they were"
+        found["skipped"] = (
+            "the loss or gradient was not finite or no token was left to train: weights left as they were"
+        )
     if metrics["train/entropy"] < 0.01:
-        found["entropy"] = "entropy is below 0.01 nats a token: the policy has become deterministic and stopped exploring"
+        found["entropy"] = (
+            "entropy is below 0.01 nats a token: the policy has become deterministic and stopped exploring"
+        )
     return found
 
 
@@ -1078,7 +1095,9 @@ def main(args: Args) -> None:
     if args.resume:
         free = {"resume", "device", "track", "wandb_mode"}  # may differ from the run's own settings
         if given := [k for k, v in asdict(args).items() if k not in free and v != asdict(Args())[k]]:
-            fail(f"--resume continues with the run's own settings; drop --{given[0].replace('_', '-')} or use --init-from")
+            fail(
+                f"--resume continues with the run's own settings; drop --{given[0].replace('_', '-')} or use --init-from"
+            )
         checkpoint = find_checkpoint(args.resume)
         run_dir = checkpoint.parent.parent
         args = replace(read_config(run_dir, Args), **{k: getattr(args, k) for k in free})
@@ -1099,7 +1118,9 @@ def main(args: Args) -> None:
     seed_everything(args.seed)
     model = load_model(replace(args, model_name=str(checkpoint)) if checkpoint else args, world.device)
     if not checkpoint:
-        parts = world.gather([str(create_run(__file__, args.exp_name, args.seed, args.output_dir))] if world.main else [])
+        parts = world.gather(
+            [str(create_run(__file__, args.exp_name, args.seed, args.output_dir))] if world.main else []
+        )
         run_dir = Path(parts[0])
         if world.main:
             write_config(run_dir, args, world)
@@ -1136,7 +1157,11 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
         logger.table("evaluation", 0, table)
         for name, value in metrics.items():
             if not name.endswith(("_low", "_high", "_n")):
-                interval = f"  [{metrics[name + '_low']:.3f}, {metrics[name + '_high']:.3f}]" if name + "_low" in metrics else ""
+                interval = (
+                    f"  [{metrics[name + '_low']:.3f}, {metrics[name + '_high']:.3f}]"
+                    if name + "_low" in metrics
+                    else ""
+                )
                 logger.say(f"{name:32s} {value:.3f}{interval}")
         logger.say(f"evaluated {args.model_name}; answers in {run_dir}/evaluation.jsonl")
         return 0
@@ -1157,7 +1182,9 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
     # the reference is the model as it was before the first step, also in a resumed run
     reference = initial_weights = None
     if args.beta != 0:
-        start_model = load_model(args, torch.device("cpu") if args.low_memory_reference else device) if checkpoint else model
+        start_model = (
+            load_model(args, torch.device("cpu") if args.low_memory_reference else device) if checkpoint else model
+        )
         if args.low_memory_reference:
             initial_weights = [p.detach().to("cpu", copy=True) for p in start_model.parameters()]
         else:

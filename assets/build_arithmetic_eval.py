@@ -1,6 +1,6 @@
 """Builds assets/arithmetic_eval.jsonl: the 200 problems, in five bands, of the standard evaluation.
 
-    uv run python assets/build_arithmetic_eval.py
+uv run python assets/build_arithmetic_eval.py
 """
 
 import json
@@ -24,7 +24,9 @@ def rows() -> list[dict]:
             "a": a, "b": b, "operation": p.operation, "result": int(p.answer), "difficulty": p.difficulty,
             "number_range": f"{level.low}-{level.high}",
         }  # fmt: skip
-        lines.append({"index": index, "prompt": p.prompt, "answer": p.answer, "difficulty": p.difficulty, "metadata": metadata})
+        lines.append(
+            {"index": index, "prompt": p.prompt, "answer": p.answer, "difficulty": p.difficulty, "metadata": metadata}
+        )
     return lines
 
 

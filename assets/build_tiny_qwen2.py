@@ -176,11 +176,15 @@ def batches(rng, tokenizer, steps, batch_size, corruption):
 
 def train(model, tokenizer, steps, args, learning_rate, corruption, seed) -> None:
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     warmup = min(200, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda s: (s + 1) / warmup if s < warmup else 0.01 + 0.495 * (1 + math.cos(math.pi * (s - warmup) / (steps - warmup))),
+        lambda s: (
+            (s + 1) / warmup if s < warmup else 0.01 + 0.495 * (1 + math.cos(math.pi * (s - warmup) / (steps - warmup)))
+        ),
     )
     start, running = time.time(), 0.0
     model.train()

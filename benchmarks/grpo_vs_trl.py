@@ -172,13 +172,15 @@ def both(args: Args) -> None:
                 results[side].append(json.loads(out.stdout.splitlines()[-1]))
                 print(side, json.dumps(results[side][-1]), flush=True)
     medians = {side: {k: median(r[k] for r in rs) for k in rs[0]} for side, rs in results.items()}
-    print(f"\n{args.batch_size} completions, {args.num_generations} per prompt, {args.loss_type}, beta {args.beta}, {args.device}")
+    shape = f"{args.batch_size} completions, {args.num_generations} per prompt"
+    print(f"\n{shape}, loss {args.loss_type}, beta {args.beta}, {args.device}")
     print(f"{'median of ' + str(args.pairs) + ' processes':24s} {'ours':>10s} {'TRL':>10s} {'TRL / ours':>11s}")
     for name in ("step_s", "generation_s", "update_s", "peak_MB"):
         a, b = medians["ours"][name], medians["trl"][name]
         print(f"{name:24s} {a:10.3f} {b:10.3f} {b / a:10.2f}x")
     speed = {side: m["tokens"] / m["generation_s"] for side, m in medians.items()}
-    print(f"{'sampled tokens / s':24s} {speed['ours']:10.0f} {speed['trl']:10.0f} {speed['ours'] / speed['trl']:10.2f}x (ours / TRL)")
+    ratio = speed["ours"] / speed["trl"]
+    print(f"{'sampled tokens / s':24s} {speed['ours']:10.0f} {speed['trl']:10.0f} {ratio:10.2f}x (ours / TRL)")
 
 
 if __name__ == "__main__":

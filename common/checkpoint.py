@@ -1,7 +1,7 @@
 """Checkpoints that survive being killed: safetensors and JSON, written to a temporary folder, then renamed.
 
-    run/checkpoints/step-000120/   model folder (the script writes it) + trainer.safetensors + trainer.json
-    run/last, run/best             symbolic links to one of them
+run/checkpoints/step-000120/   model folder (the script writes it) + trainer.safetensors + trainer.json
+run/last, run/best             symbolic links to one of them
 """
 
 import json

@@ -1,6 +1,6 @@
 """metrics.jsonl of one or several runs -> figures: a thin line per seed, a thick one for their mean.
 
-    uv run python -m common.plot --runs runs/grpo_arithmetic/A runs/grpo_arithmetic/B --out docs/results/grpo_arithmetic
+uv run python -m common.plot --runs runs/grpo_arithmetic/A runs/grpo_arithmetic/B --out docs/results/grpo_arithmetic
 """
 
 import json
@@ -15,7 +15,11 @@ SECONDS = "time/elapsed_s"
 FIGURES = {
     "grpo_arithmetic": {
         "learning": [
-            ("held-out accuracy and train reward", "step", ["arithmetic_eval", "arithmetic_eval_greedy", "train/reward"]),
+            (
+                "held-out accuracy and train reward",
+                "step",
+                ["arithmetic_eval", "arithmetic_eval_greedy", "train/reward"],
+            ),
             ("the same against time", SECONDS, ["arithmetic_eval", "arithmetic_eval_greedy", "train/reward"]),
             (
                 "held-out accuracy by band",
@@ -28,7 +32,11 @@ FIGURES = {
             ("entropy (nats / token)", "step", ["train/entropy"]),
             ("groups without spread", "step", ["train/frac_reward_zero_std"]),
             ("gradient norm", "step", ["train/grad_norm"]),
-            ("completion length, share cut", "step", ["train/completions/mean_length", "train/completions/clipped_ratio"]),
+            (
+                "completion length, share cut",
+                "step",
+                ["train/completions/mean_length", "train/completions/clipped_ratio"],
+            ),
             ("sampling vs training log-prob", "step", ["train/sampling_logp_difference/mean"]),
         ],
     },
@@ -76,7 +84,8 @@ def figure(runs: list[Path], panels: list, out: Path, caption: str) -> Path:
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("seconds" if x == SECONDS else x, fontsize=9)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
+        if ax.lines:
+            ax.legend(fontsize=7)
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     fig.text(0.5, 0.005, caption, ha="center", fontsize=7, color="0.35")

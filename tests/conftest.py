@@ -10,6 +10,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM as AutoModel
 from transformers import (
     AutoTokenizer,
     Gemma2Config,
@@ -19,7 +20,6 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
-from transformers import AutoModelForCausalLM as AutoModel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -57,7 +57,9 @@ def test_optimizer_and_generators_come_back_bit_for_bit(tmp_path):
     expected = (torch.rand(3), random.random(), np.random.rand())
     _, other = trained_optimizer(2)
     assert load_state(folder, other, "test") == json.loads((folder / "trainer.json").read_text())
-    assert torch.equal(torch.rand(3), expected[0]) and random.random() == expected[1] and np.random.rand() == expected[2]
+    assert (
+        torch.equal(torch.rand(3), expected[0]) and random.random() == expected[1] and np.random.rand() == expected[2]
+    )
     for a, b in zip(optimizer.state.values(), other.state.values()):
         assert all(torch.equal(a[k], b[k]) for k in a)
 

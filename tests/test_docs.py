@@ -48,7 +48,9 @@ def test_stated_line_counts_hold():
 
 def test_every_flag_has_its_line_of_help():
     for name, module in SCRIPTS.items():
-        (args,) = [n for n in ast.parse((ROOT / name).read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args"]
+        (args,) = [
+            n for n in ast.parse((ROOT / name).read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args"
+        ]
         helped = {
             field.target.id
             for field, text in zip(args.body, args.body[1:])

@@ -121,14 +121,18 @@ def test_entropy_is_that_of_the_tempered_distribution_within_the_tokenizer():
     ids, mask, _ = rollout(model)
     _, entropy = train_logprobs(model, ids, mask)
     logits = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1, :259].detach() / 0.7
-    assert entropy[0, 0].item() == pytest.approx(torch.distributions.Categorical(logits=logits).entropy().item(), abs=1e-4)
+    assert entropy[0, 0].item() == pytest.approx(
+        torch.distributions.Categorical(logits=logits).entropy().item(), abs=1e-4
+    )
 
 
 def test_chunked_head_equals_the_whole_head_in_value_and_gradient():
     model = make_model(dtype=torch.float64)
     results = []
     for chunk in (4096, 7):
-        hidden = torch.randn(30, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+        hidden = torch.randn(30, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_(
+            True
+        )
         model.zero_grad()
         logp, entropy = head_logprobs(model, hidden, torch.arange(30), 0.7, 259, chunk=chunk)
         (logp * torch.arange(30)).sum().backward()

@@ -108,7 +108,9 @@ def test_problems_are_right_and_unique_and_a_function_of_the_seed():
     assert problems != draw_unique(np.random.default_rng(4), level, 500)
 
 
-@pytest.mark.parametrize("level", [Level(0, 10), Level(0, 20), Level(0, 5, "+"), Level(-3, 4, "+-*/"), Level(0, 9, "/")])
+@pytest.mark.parametrize(
+    "level", [Level(0, 10), Level(0, 20), Level(0, 5, "+"), Level(-3, 4, "+-*/"), Level(0, 9, "/")]
+)
 def test_the_number_of_different_problems_is_exact(level):
     numbers = range(level.low, level.high + 1)
     prompts = {
@@ -216,7 +218,9 @@ def test_evaluation_metrics_split_by_band_operation_and_overlap():
     assert metrics["arithmetic_eval_greedy"] == pytest.approx(0.2)
     assert metrics["eval_easy_accuracy"] == 1.0 and metrics["eval_hard_accuracy"] == 0.5
     assert metrics["arithmetic_eval_unseen"] == 1.0
-    assert metrics["arithmetic_eval_unseen_n"] == 40 - sum(p.prompt in trained for p in problems if p.difficulty == "easy")
+    assert metrics["arithmetic_eval_unseen_n"] == 40 - sum(
+        p.prompt in trained for p in problems if p.difficulty == "easy"
+    )
     for name, value in metrics.items():
         if name + "_low" in metrics:
             assert metrics[name + "_low"] <= value <= metrics[name + "_high"]

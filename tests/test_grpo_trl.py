@@ -46,7 +46,7 @@ def test_loss_gradient_and_metrics_equal_trls_on_random_inputs(loss_type, beta, 
         advantages = torch.randn(B, dtype=torch.float64)
         results = []
         for theirs in (True, False):
-            lp = (old + 0.4 * torch.randn(B, T, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+            lp = old + 0.4 * torch.randn(B, T, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
             lp = lp.requires_grad_(True)
             if theirs:
                 loss, metrics = trl_loss(
