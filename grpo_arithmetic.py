@@ -34,6 +34,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import logging as hub_logging
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
@@ -1087,6 +1088,7 @@ def alarms(metrics: dict) -> dict[str, str]:
 def main(args: Args) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # its retries are no news: a model that cannot be had ends in one line
     stop = StopSignal()
     world = setup_world(args.device)
 

@@ -42,8 +42,9 @@ def parse(config_class, description: str):
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        words = re.sub(r"[╭╮╰╯│─╶╴]+", " ", captured.getvalue())  # tyro draws a box
-        fail(re.sub(r"\s+", " ", words).strip().removeprefix("Parsing error").strip())
+        # tyro draws a box around the message, its title in the top line
+        lines = [line for line in captured.getvalue().splitlines() if not line.startswith("╭")]
+        fail(re.sub(r"[╰╯│─╶╴]+", " ", " ".join(lines)))
 
 
 # ---- processes and devices -------------------------------------------------------------------------------------------
