@@ -748,6 +748,10 @@ class RowCacheLayer(CacheLayerMixin):
         self.values[self.rows, :, self.position] = value_states[:, :, 0].to(self.values.dtype)
         return self.keys, self.values
 
+    def keep(self, chosen, rows, position):
+        """Drops all rows but `chosen`."""
+        self.keys, self.values, self.rows, self.position = self.keys[chosen], self.values[chosen], rows, position
+
     def get_seq_length(self):
         return self.keys.shape[2] - 1  # only asked for where positions and mask are not given, and here both are
 
@@ -808,18 +812,28 @@ def generate(
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     stop = torch.tensor(stop_ids, device=device)
-    check_every = 1 if device.type == "cpu" else 8  # asking a GPU whether all rows ended stalls it
+    alive = rows  # (b,) which completions the b rows still in the batch are
+    check_every = 1 if device.type == "cpu" else 8  # asking a GPU how many rows have ended stalls it
     for t in range(max_new_tokens):
-        uniform = noise[:, t] if temperature > 0 else None
+        uniform = noise[alive, t] if temperature > 0 else None
         tokens, logp = sample_tokens(logits, uniform, temperature, vocab_size)
-        ids[:, t] = torch.where(finished, pad_id, tokens)
-        logprobs[:, t] = torch.where(finished, 0.0, logp)
+        ids[alive, t] = torch.where(finished, pad_id, tokens)
+        logprobs[alive, t] = torch.where(finished, 0.0, logp.float())
         finished |= torch.isin(tokens, stop)
-        if t + 1 == max_new_tokens or ((t + 1) % check_every == 0 and bool(finished.all())):
+        if t + 1 == max_new_tokens:
             break
+        if (t + 1) % check_every == 0:
+            chosen = (~finished).nonzero()[:, 0]
+            if len(chosen) == 0:
+                break
+            if 2 * len(chosen) <= len(alive):  # half the rows have ended: go on with the others alone
+                alive, position, finished = alive[chosen], position[chosen], finished[chosen]
+                attention_mask, rows = attention_mask[chosen], torch.arange(len(chosen), device=device)
+                for layer in layers:
+                    layer.keep(chosen, rows, position)
         attention_mask[rows, 0, 0, position] = 0.0
         hidden = model.base_model(
-            input_ids=ids[:, t : t + 1],
+            input_ids=ids[alive, t : t + 1],
             attention_mask=attention_mask,
             position_ids=position[:, None],
             past_key_values=row_cache,

@@ -286,7 +286,23 @@ def test_decode_work_does_not_grow_with_length(monkeypatch, micro_model_folder):
     monkeypatch.setattr(model.base_model, "forward", spy)
     rollout(model, prompts=[*PROMPTS, PROMPTS[0]], G=2, T=6)
     assert fed[0] == (3, 7), "three distinct prompts of up to seven tokens, each prefilled once"
-    assert set(fed[1:]) == {(8, 1)} and len(fed) <= 6
+    assert all(width == 1 and rows <= 8 for rows, width in fed[1:]) and len(fed) <= 6
+
+
+def test_rows_that_have_ended_leave_the_batch(monkeypatch):
+    """And the others go on as if they had not (the tests of generation above compare every token)."""
+    model, fed = make_model(), []
+    forward = model.base_model.forward
+
+    def spy(*args, **kwargs):
+        fed.append(len(kwargs["input_ids"]))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.base_model, "forward", spy)
+    _, mask, _ = rollout(model, G=64, T=24)
+    alive = [int(mask[:, t].sum()) for t in range(1, mask.shape[1])]
+    assert all(n <= rows < 2 * n for n, rows in zip(alive, fed[1:]) if n < 192), "never more than twice the live rows"
+    assert fed[-1] < 96
 
 
 def test_gradient_checkpointing_changes_no_gradient(micro_model_folder):
