@@ -1,0 +1,40 @@
+"""What only a GPU can show; benchmarks/gpu.sh runs these there."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_model
+from test_grpo_model import PROMPTS, SAMPLING
+
+from grpo_arithmetic import generate, pad_right, sampling_noise, token_logprobs
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def rollout(model, T=12):
+    noise = sampling_noise([0], range(12), T)
+    return generate(model, PROMPTS, num_generations=4, max_new_tokens=T, temperature=0.7, noise=noise, **SAMPLING)
+
+
+def test_the_gpu_samples_the_tokens_the_cpu_samples_in_float32():
+    torch.set_float32_matmul_precision("highest")
+    model = make_model()
+    ids, mask, _ = rollout(model)
+    gpu_ids, gpu_mask, _ = rollout(copy.deepcopy(model).cuda())
+    T = ids.shape[1]
+    assert torch.equal(ids * mask, gpu_ids[:, :T].cpu() * gpu_mask[:, :T].cpu())
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_bfloat16_sampling_and_training_stay_close(share_prompt):
+    model = make_model().cuda()
+    model.set_attn_implementation("sdpa")
+    sampler = copy.deepcopy(model).to(torch.bfloat16)
+    prompt_ids, lengths = pad_right(PROMPTS, 256, model.device)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        ids, mask, sampled = rollout(sampler)
+        logprobs, _ = token_logprobs(
+            model, prompt_ids, lengths, ids, mask, temperature=0.7, vocab_size=259, share_prompt=share_prompt
+        )
+    assert ((logprobs - sampled).abs() * mask).sum() / mask.sum() < 0.05
