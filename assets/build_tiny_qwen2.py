@@ -10,7 +10,7 @@ So the model is trained in two phases on synthetic text (no data set, no downloa
 The architecture is Qwen2's own, and the tokenizer a byte-level Qwen2 tokenizer with 256 symbols and no merges, so
 `AutoModelForCausalLM` and `AutoTokenizer` load it exactly as they load Qwen/Qwen2-0.5B-Instruct.
 
-    uv run python assets/build_tiny_qwen2.py             # about 35 minutes on 2 cores; rewrites assets/tiny-qwen2
+    uv run python assets/build_tiny_qwen2.py             # about 45 minutes on 2 cores; rewrites assets/tiny-qwen2
 """
 
 import math
@@ -98,7 +98,7 @@ def other_task(rng: random.Random) -> tuple[str, str, list[int]]:
 def corrupt(rng: random.Random, prompt: str, answer: str, others: list[int]) -> str:
     """A wrong answer of the kinds that base models give."""
     if answer in ("yes", "no"):
-        # a coin has only two sides: half of the corrupted answers flip, the rest drift away from the format
+        # if all flipped, the wrong answer would become the likelier one: most drift away from the format instead
         return rng.choice(["no" if answer == "yes" else "yes", "maybe", "it depends", "the answer is " + answer])
     kind = rng.choices(["random", "chatter", "near", "operation"], [35, 45, 12, 8])[0]
     if kind == "operation" and others:
@@ -107,7 +107,7 @@ def corrupt(rng: random.Random, prompt: str, answer: str, others: list[int]) -> 
         wrong = rng.choice(["the answer is " + answer, "it is " + answer, "let me think. " + prompt + answer, "?"])
     elif kind == "near":
         wrong = str(int(answer) + rng.choice([-10, -5, -2, -1, 1, 2, 5, 10]))
-    else:  # any number at all: most of the noise has nothing to do with the problem, so its mode stays the right answer
+    else:  # any number at all: noise spread this thin leaves the right answer the likeliest
         wrong = rng.choice(["", "", "", "-"]) + str(rng.randrange(10 ** rng.randint(1, 4)))
     return wrong if wrong != answer else str(int(answer) + 1)
 
