@@ -40,6 +40,21 @@ FIGURES = {
             ("sampling vs training log-prob", "step", ["train/sampling_logp_difference/mean"]),
         ],
     },
+    "ppo_fetch": {
+        "learning": [
+            ("success of the mean action", "step", ["eval/success_rate", "eval/success_once", "charts/success_rate"]),
+            ("the same against training time", "time/train_s", ["eval/success_rate", "charts/success_rate"]),
+            ("return of an episode", "step", ["eval/episodic_return", "charts/episodic_return"]),
+        ],
+        "health": [
+            ("KL of the last minibatch", "step", ["losses/approx_kl"]),
+            ("share of ratios clipped", "step", ["losses/clipfrac"]),
+            ("explained variance of returns", "step", ["losses/explained_variance"]),
+            ("action std", "step", ["losses/action_std"]),
+            ("gradient norm before clipping", "step", ["losses/grad_norm"]),
+            ("optimizer steps an iteration", "step", ["losses/optimizer_steps"]),
+        ],
+    },
 }
 
 
@@ -77,12 +92,12 @@ def figure(runs: list[Path], panels: list, out: Path, caption: str) -> Path:
             if len(curves) > 1:
                 mean = np.mean([np.interp(grid, *c) for c in curves], axis=0)
                 ax.plot(grid, mean, color=color, linewidth=2)
-            ax.plot([], [], color=color, label=metric.removeprefix("train/"))
+            ax.plot([], [], color=color, label=metric.removeprefix("train/").removeprefix("losses/"))
             low, high = (series(data[0], x, f"{metric}_{end}") for end in ("low", "high"))
             if len(runs) == 1 and len(metrics) <= 3 and len(low[0]):
                 ax.fill_between(low[0], low[1], high[1], color=color, alpha=0.15, linewidth=0)
         ax.set_title(title, fontsize=10)
-        ax.set_xlabel("seconds" if x == SECONDS else x, fontsize=9)
+        ax.set_xlabel("seconds" if x.startswith("time/") else x, fontsize=9)
         ax.grid(alpha=0.3)
         if ax.lines:
             ax.legend(fontsize=7)
