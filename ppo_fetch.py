@@ -107,7 +107,10 @@ class Args:
     success_reward: float = 0.1
     """shaped: reward of a step that ends at the goal"""
     shaping: float = 5.0
-    """shaped: weight of gamma * Phi(s') - Phi(s)"""
+    """shaped: weight of g * Phi(s') - Phi(s)"""
+    shaping_gamma: float = 1.0
+    """shaped: g. 1 telescopes: an episode's return changes by Phi(end) - Phi(start); --gamma's value leaves the
+    discounted optimum unchanged, but hardly teaches anything (docs/ppo_fetch.md)"""
 
     # rollout
     total_timesteps: int | None = None
@@ -596,10 +599,10 @@ def finish_step(group: Group, out: dict[str, np.ndarray], args: Args, episodes: 
         out["valid"][:] = ~group.ended  # after an end this "step" was the reset: no reward, no action, not to be learnt
     after = successors(next_obs, infos, dones)
     if args.reward_mode == "shaped":
-        # eq: r = c 1[success] + k (gamma Phi(s') - Phi(s))   [Ng, Harada, Russell 1999: the optimum stays]
+        # eq: r = c 1[success] + k (g Phi(s') - Phi(s))   [Ng, Harada, Russell 1999]
         phi = fetch.potential(after, task_of(args.env_id))
         success = fetch.goal_distance(after) <= fetch.GOAL_RADIUS
-        rewards = args.success_reward * success + args.shaping * (args.gamma * phi - group.potential)
+        rewards = args.success_reward * success + args.shaping * (args.shaping_gamma * phi - group.potential)
     elif args.reward_mode != "env":
         rewards = fetch.reward(after, args.reward_mode)
     out["rewards"][:], out["terminations"][:], out["dones"][:] = rewards, terminations, dones
