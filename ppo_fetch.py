@@ -135,12 +135,12 @@ class Args:
     """discount, 0.9 to 0.99; default: by task"""
     gae_lambda: float = 0.95
     """GAE's lambda"""
-    num_minibatches: int = 4
-    """minibatches in an epoch; must divide N * T"""
+    num_minibatches: int | None = None
+    """minibatches in an epoch; must divide N * T; default: by task"""
     update_epochs: int | None = None
     """passes over the batch at most, 3 to 10; default: by task"""
-    target_kl: float | None = 0.03
-    """stop an iteration's update before the minibatch whose KL exceeds this, 0.01 to 0.05; None: never"""
+    target_kl: float | None = None
+    """stop an iteration's update before the minibatch whose KL exceeds this, 0.01 to 0.05; 0: never; default: by task"""
     norm_adv: bool = True
     """normalise advantages in each minibatch"""
     clip_coef: float = 0.2
@@ -181,18 +181,17 @@ class Args:
     """episodes in a video"""
 
 
-# What differs by task where a flag is not given. "other": whatever is not Fetch, cleanRL's settings.
+# What differs by task where a flag is not given. "other": whatever is not Fetch, near cleanRL's settings.
+WITH_A_BLOCK = dict(reward_mode="shaped", num_envs=64, learning_rate=5e-4, gamma=0.95, num_minibatches=8,
+                    update_epochs=10, target_kl=0.05, hidden=256)  # fmt: skip
 RECIPES = {
     "FetchReach": dict(reward_mode="dense", total_timesteps=12_000, num_envs=32, learning_rate=1e-3, gamma=0.9,
-                       update_epochs=10, hidden=64),
-    "FetchPush": dict(reward_mode="shaped", total_timesteps=2_000_000, num_envs=64, learning_rate=5e-4, gamma=0.95,
-                      update_epochs=5, hidden=128),
-    "FetchSlide": dict(reward_mode="shaped", total_timesteps=4_000_000, num_envs=64, learning_rate=5e-4, gamma=0.95,
-                       update_epochs=5, hidden=128),
-    "FetchPickAndPlace": dict(reward_mode="shaped", total_timesteps=10_000_000, num_envs=64, learning_rate=5e-4,
-                              gamma=0.95, update_epochs=5, hidden=128),
+                       num_minibatches=4, update_epochs=10, target_kl=0.03, hidden=64),
+    "FetchPush": WITH_A_BLOCK | dict(total_timesteps=800_000),
+    "FetchPickAndPlace": WITH_A_BLOCK | dict(total_timesteps=1_600_000),
+    "FetchSlide": WITH_A_BLOCK | dict(total_timesteps=2_000_000),
     "other": dict(reward_mode="env", total_timesteps=500_000, num_envs=8, learning_rate=3e-4, gamma=0.99,
-                  update_epochs=10, hidden=64),
+                  num_minibatches=4, update_epochs=10, target_kl=0.03, hidden=64),
 }  # fmt: skip
 
 
@@ -422,11 +421,11 @@ def gae(rewards, values, next_values, terminations, dones, gamma: float, gae_lam
     """
     advantages = torch.zeros_like(rewards)
     # eq: delta_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)
-    deltas = rewards + gamma * (1.0 - terminations.float()) * next_values - values
+    deltas = rewards + gamma * (next_values * ~terminations) - values
     running = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
         # eq: A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}
-        running = deltas[t] + gamma * gae_lambda * (1.0 - dones[t].float()) * running
+        running = deltas[t] + gamma * gae_lambda * (running * ~dones[t])
         advantages[t] = running
     return advantages, advantages + values
 
@@ -517,7 +516,7 @@ def update(
             if first_ratio_error is None:
                 first_ratio_error = metrics["ratio_max_error"]
             # before the step: the policy that has drifted too far is not driven further
-            if args.target_kl is not None and metrics["approx_kl"] > args.target_kl:
+            if args.target_kl and metrics["approx_kl"] > args.target_kl:
                 stopped = True
                 break
             optimizer.zero_grad()
@@ -1051,7 +1050,7 @@ def run(args: Args, world: World, stop, logger, run_dir: Path, checkpoint: Path 
         metrics = {f"losses/{name}": float(value) for name, value in metrics.items()}
         metrics |= summary(list(recent), "charts") | {
             "losses/explained_variance": float(explained),
-            "losses/action_std": 0.0 if agent.discrete else float(agent.log_std.exp().mean()),
+            "losses/action_std": 0.0 if agent.discrete else agent.log_std.exp().mean().item(),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/reward_scale": float(agent.reward_scale()) if args.scale_rewards else 1.0,
             "time/rollout_s": rollout_s,

@@ -357,7 +357,8 @@ def potential(obs: dict[str, np.ndarray], task: str) -> np.ndarray:
     """(N,) Phi, higher is better: how far the gripper is from where it should be, and the block from its goal.
 
     Reach: -d. Push, Slide: -(min(|gripper - p|, 0.3) + 3 d) with the push point p 6 cm behind the block on the line to
-    its goal; the gripper counts only while the block is away from the goal. PickAndPlace: p is the block itself.
+    its goal; the gripper counts only while the block is away from the goal. PickAndPlace: p is the block itself, and
+    0.2 more until the fingers, within 3 cm of it, have closed to its width of 5 cm.
     """
     d = goal_distance(obs)
     if task == "FetchReach":
@@ -367,6 +368,10 @@ def potential(obs: dict[str, np.ndarray], task: str) -> np.ndarray:
     if task != "FetchPickAndPlace":
         point = block - 0.06 * (goal - block) / np.maximum(d, 1e-6)[:, None]
     reach = np.minimum(np.linalg.norm(gripper - point, axis=-1), 0.3)
+    if task == "FetchPickAndPlace":
+        opening = obs["observation"][:, 9:11].sum(1)  # 0 to 0.1
+        closed = 1.0 - ((opening - 0.05) / 0.05).clip(0.0, 1.0)
+        reach = reach + 0.2 * (1.0 - closed * (reach < 0.03))
     return -(np.where(d > GOAL_RADIUS, reach, 0.0) + 3.0 * d)
 
 

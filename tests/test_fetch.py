@@ -30,7 +30,7 @@ def assert_same(ours, theirs, where=""):
         assert set(ours) == set(theirs), where
         for key in theirs:
             assert_same(ours[key], theirs[key], f"{where}/{key}")
-    elif isinstance(theirs, tuple) or getattr(theirs, "dtype", None) == object:
+    elif isinstance(theirs, tuple) or getattr(theirs, "dtype", None) is np.dtype(object):
         for i, (a, b) in enumerate(zip(ours, theirs)):
             assert (a is None) == (b is None), f"{where}[{i}]"
             if b is not None:
@@ -69,7 +69,9 @@ def test_every_bit_equals_gymnasium_over_ten_episodes(task):
 
 def test_dense_ids_and_float64_actions_equal_gymnasium():
     ours, theirs = FetchVec("FetchPushDense-v4", 2), reference("FetchPushDense-v4", 2)
-    assert_same(ours.reset(seed=[5, None])[0]["achieved_goal"][:1], theirs.reset(seed=[5, None])[0]["achieved_goal"][:1])
+    assert_same(
+        ours.reset(seed=[5, None])[0]["achieved_goal"][:1], theirs.reset(seed=[5, None])[0]["achieved_goal"][:1]
+    )
     assert_same(ours.reset(seed=[5, 9]), theirs.reset(seed=[5, 9]))
     rng = np.random.default_rng(1)
     for _ in range(55):
@@ -222,7 +224,9 @@ def push_obs():
     return obs
 
 
-@pytest.mark.parametrize("mode, reach, other", [("observation", 10, 25), ("observation_goal", 13, 28), ("full", 16, 31), ("delta", 19, 37)])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode, reach, other", [("observation", 10, 25), ("observation_goal", 13, 28), ("full", 16, 31), ("delta", 19, 37)]
+)
 def test_observation_modes_have_the_documented_sizes_and_parts(mode, reach, other, push_obs):
     obs, _ = FetchVec("FetchReach-v4", 2).reset(seed=0)
     x, y = fetch.flatten(obs, mode), fetch.flatten(push_obs, mode)
@@ -249,7 +253,9 @@ def test_potential_rises_when_the_gripper_gets_behind_the_block_and_when_the_blo
     def phi(gripper, block):
         state = np.zeros((1, 25))
         state[0, :3] = gripper
-        return fetch.potential({"observation": state, "achieved_goal": block[None], "desired_goal": goal[None]}, "FetchPush")[0]
+        return fetch.potential(
+            {"observation": state, "achieved_goal": block[None], "desired_goal": goal[None]}, "FetchPush"
+        )[0]
 
     behind, front, far = block - [0.06, 0, 0], block + [0.06, 0, 0], block + [0, 0, 0.5]
     assert phi(behind, block) > phi(front, block) > phi(far, block)

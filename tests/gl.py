@@ -1,0 +1,22 @@
+"""Whether this machine can draw without a screen."""
+
+import subprocess
+import sys
+
+CODE = """
+import ppo_fetch
+why = ppo_fetch.video_off()
+assert not why, why
+import gymnasium as gym
+from common import fetch
+fetch.import_robotics()
+env = gym.make("FetchReach-v4", render_mode="rgb_array", width=32, height=32)
+env.reset(seed=0)
+env.render()
+"""
+
+
+def gl_missing() -> str:
+    """Empty if a frame can be drawn, else the reason; asked in another process, a driver may take its process along."""
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["crashed"])[-1]

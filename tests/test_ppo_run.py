@@ -1,0 +1,462 @@
+"""Whole runs of ppo_fetch.py: probes with known values, resume, determinism, what it refuses, and that it learns."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from safetensors.torch import load_file
+from test_docs import documented_metrics
+from test_ppo_math import WORLD
+
+import ppo_fetch
+from common.run import parse
+from ppo_fetch import Agent, Args, Group, features, finish_step, gae, rollout
+
+FETCH = dict(  # FetchReach, 4 iterations of 8 x 10 steps
+    num_envs=8, num_steps=10, total_timesteps=320, hidden=16, num_minibatches=2, update_epochs=2, eval_episodes=2,
+    eval_every=2, capture_video=False, num_threads=2,
+)  # fmt: skip
+GYM = dict(env_backend="gymnasium", eval_episodes=2, eval_every=0, capture_video=False, env_groups=1)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs main() in this process; returns (exit code, run folder)."""
+
+    def start(**flags):
+        argv = ["ppo_fetch.py"]
+        place = {} if "resume" in flags else {"output_dir": str(tmp_path / "runs")}
+        for name, value in (place | flags).items():
+            flag = "--" + name.replace("_", "-")
+            if isinstance(value, bool):
+                argv.append(flag if value else flag.replace("--", "--no-", 1))
+            else:
+                argv += [flag, str(value)]
+        monkeypatch.setattr(sys, "argv", argv)
+        handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+        threads = torch.get_num_threads()
+        try:
+            with pytest.raises(SystemExit) as stop:
+                ppo_fetch.main(parse(Args, ppo_fetch.__doc__))
+        finally:
+            for number, handler in handlers:
+                signal.signal(number, handler)
+            torch.use_deterministic_algorithms(False)
+            torch.set_num_threads(threads)
+        runs = sorted((tmp_path / "runs" / "ppo_fetch").glob("*"), key=lambda p: p.stat().st_mtime)
+        return stop.value.code, runs[-1] if runs else None
+
+    return start
+
+
+def rows(run_dir: Path, name="metrics"):
+    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
+
+
+def timeless(run_dir: Path):
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(run_dir)]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- probe environments: the right answer is known -------------------------------------------------------------------
+
+
+class ConstantReward(gym.Env):
+    """Reward 1 at every step; after 5 steps a time limit cuts (truncation) or the world ends (termination).
+
+    A time limit is no part of the world, so the observation shows the time only where it ends the world.
+    """
+
+    observation_space, action_space = gym.spaces.Box(-10, 10, (1,)), gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, terminate: bool):
+        self.terminate = terminate
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.array([0.0], np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        done = self.t == 5
+        return np.array([self.t * self.terminate], np.float32), 1.0, done and self.terminate, done and not self.terminate, {}
+
+
+class RandomWalk(gym.Env):
+    """Episodes of random length that end either way; the observation is (episode, step, noise), whatever the action."""
+
+    observation_space, action_space = gym.spaces.Box(-1e3, 1e3, (3,)), gym.spaces.Box(-1, 1, (1,))
+    episode = -1
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.t = self.episode + 1, 0
+        return self.look(), {}
+
+    def look(self):
+        return np.array([self.episode, self.t, self.np_random.normal()], np.float32)
+
+    def step(self, action):
+        self.t += 1
+        end = self.np_random.random() < 0.25
+        how = self.np_random.random() < 0.5
+        return self.look(), float(self.np_random.normal()), end and how, end and not how, {}
+
+
+class Bandit(gym.Env):
+    """One step; the reward of the action is known, so the best action is too."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+
+    def __init__(self, discrete: bool):
+        self.action_space = gym.spaces.Discrete(4) if discrete else gym.spaces.Box(-2, 2, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.obs = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        return self.obs, {}
+
+    def step(self, action):
+        if isinstance(self.action_space, gym.spaces.Discrete):
+            best = 2 * (self.obs[0] > 0) + (self.obs[1] > 0)
+            return self.obs, float(action == best), True, False, {}
+        return self.obs, -float((action[0] - self.obs[0]) ** 2), True, False, {}
+
+
+gym.register("ProbeTruncated-v0", lambda: ConstantReward(False))
+gym.register("ProbeTerminated-v0", lambda: ConstantReward(True))
+gym.register("ProbeBandit-v0", lambda: Bandit(False))
+gym.register("ProbeDiscreteBandit-v0", lambda: Bandit(True))
+
+
+@pytest.mark.parametrize("how", ["Truncated", "Terminated"])
+def test_a_constant_reward_is_worth_what_it_should_be(how, run):
+    """r = 1, gamma = 0.9, 5 steps: cut by a time limit V = 1 / (1 - 0.9) = 10 everywhere; ended, (1 - 0.9^k) / 0.1."""
+    code, folder = run(
+        env_id=f"Probe{how}-v0", total_timesteps=20_000, num_envs=8, num_steps=25, gamma=0.9, learning_rate=3e-3,
+        hidden=32, target_kl=0, **GYM,
+    )  # fmt: skip
+    assert code == 0
+    args = ppo_fetch.resolve(replace(Args(), env_id=f"Probe{how}-v0", hidden=32, gamma=0.9))
+    agent = Agent(1, ConstantReward.action_space, args)
+    agent.load_state_dict(load_file(folder / "last" / "model.safetensors"))
+    with torch.no_grad():
+        values = agent.value(torch.arange(5.0)[:, None] * (how == "Terminated")) / agent.reward_scale()
+    remaining = torch.arange(5.0, 0, -1)
+    expected = torch.full((5,), 10.0) if how == "Truncated" else (1 - 0.9**remaining) / 0.1
+    torch.testing.assert_close(values.float(), expected, atol=0.3, rtol=0)
+    if how == "Terminated":  # with the time limit nothing varies that could be explained
+        assert rows(folder)[-1]["losses/explained_variance"] > 0.9
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_bandit_is_solved(discrete, run):
+    code, folder = run(
+        env_id=f"Probe{'Discrete' if discrete else ''}Bandit-v0", total_timesteps=16_000, num_envs=8, num_steps=32,
+        hidden=32, learning_rate=3e-3, **(GYM | {"eval_episodes": 50}),
+    )  # fmt: skip
+    first, last = rows(folder)[0], rows(folder)[-1]
+    if discrete:
+        assert first["eval/episodic_return"] < 0.6 and last["eval/episodic_return"] > 0.9
+    else:
+        assert first["eval/episodic_return"] < -0.2 and last["eval/episodic_return"] > -0.03
+
+
+def test_both_autoreset_modes_give_the_same_advantages():
+    """NEXT_STEP adds a step without action or reward after each end: it must reach neither the sums nor the loss."""
+    args = replace(ppo_fetch.resolve(replace(Args(), env_id="Walk-v0")), num_envs=3, num_steps=60, hidden=8, gamma=0.9)
+    torch.manual_seed(0)
+    agent = Agent(3, RandomWalk.action_space, args)
+    collected = {}
+    for mode in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
+        group = Group(SyncVectorEnv([RandomWalk] * 3, autoreset_mode=mode), slice(0, 3))
+        group.begin([1, 2, 3], args)
+        batch, _ = rollout(agent, [group], args, torch.Generator().manual_seed(0), WORLD)
+        with torch.no_grad():
+            values, next_values = agent.value(batch["obs"]), agent.value(batch["next_obs"])
+        advantages, _ = gae(batch["rewards"], values, next_values, batch["terminations"], batch["dones"], 0.9, 0.95)
+        for env in range(3):
+            real = batch["valid"][:, env]
+            keep = [
+                batch[k][real, env].reshape(real.sum(), -1).float()
+                for k in ("obs", "next_obs", "rewards", "terminations")
+            ]
+            last = int(batch["dones"][real, env].nonzero()[-1])
+            collected[mode, env] = torch.cat([*keep, advantages[real, env][:, None]], dim=1)[: last + 1]
+    for env in range(3):
+        same, following = collected[AutoresetMode.SAME_STEP, env], collected[AutoresetMode.NEXT_STEP, env]
+        assert len(following) > 20  # several whole episodes
+        n = min(len(same), len(following))
+        torch.testing.assert_close(same[:n], following[:n], rtol=0, atol=0)
+        assert (following[:, 1] == 0).sum() > 4 and torch.equal(
+            following[:, 3], following[:, 0]
+        )  # no row spans a reset
+
+
+def test_the_value_after_a_time_limit_is_that_of_the_last_observation():
+    """The reset observation looks like a million; nothing of it may get into the step before it."""
+
+    class Jackpot(RandomWalk):
+        def look(self):
+            return np.array([1e3 if self.t == 0 else 0.0, self.t, 0.0], np.float32)
+
+    args = replace(ppo_fetch.resolve(replace(Args(), env_id="Walk-v0")), num_envs=2, num_steps=40, hidden=8)
+    group = Group(SyncVectorEnv([Jackpot] * 2, autoreset_mode=AutoresetMode.SAME_STEP), slice(0, 2))
+    group.begin([0, 1], args)
+    batch, _ = rollout(Agent(3, RandomWalk.action_space, args), [group], args, torch.Generator().manual_seed(0), WORLD)
+    assert batch["dones"].sum() > 5
+    assert batch["next_obs"][..., 0].max() == 0 and batch["obs"][1:][batch["dones"][:-1]][:, 0].min() == 1e3
+
+
+# ---- Fetch -----------------------------------------------------------------------------------------------------------
+
+
+def collect(args: Args, backend: str, groups: int = 1, seed=0):
+    torch.manual_seed(seed)
+    n = args.num_envs // groups
+    made = [Group(ppo_fetch.make_envs(args, n, backend), slice(i * n, (i + 1) * n)) for i in range(groups)]
+    ppo_fetch.reset_groups(made, args, 0)
+    agent = Agent(made[0].x.shape[1], made[0].envs.single_action_space, args)
+    return rollout(agent, made, args, torch.Generator().manual_seed(0), WORLD)
+
+
+def reach_args(**changes) -> Args:
+    return ppo_fetch.resolve(replace(Args(), num_envs=4, num_steps=60, stagger=False, **changes))
+
+
+@pytest.mark.parametrize("mode", ["sparse", "dense", "distance", "shaped", "env"])
+def test_native_and_gymnasium_backends_collect_the_same_bits(mode):
+    args = reach_args(reward_mode=mode)
+    (a, ended_a), (b, ended_b) = collect(args, "native"), collect(args, "gymnasium")
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+    assert ended_a == ended_b and len(ended_a) == 4 and all(e["length"] == 50 for e in ended_a)
+    assert a["dones"].sum() == 4 and a["terminations"].sum() == 0
+
+
+def test_groups_that_overlap_collect_the_same_bits_as_one():
+    args = reach_args()
+    (a, _), (b, _) = collect(args, "native"), collect(args, "native", groups=2)
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-6)  # a matrix product may round by its batch size
+
+
+def test_shaping_telescopes_over_an_episode():
+    """With g = 1 an episode's shaping adds up to k (Phi(end) - Phi(start)), whatever happens in between."""
+    from common import fetch
+
+    args = reach_args(env_id="FetchPush-v4", reward_mode="shaped", success_reward=0.0)
+    envs = ppo_fetch.make_envs(args, 4, "native")
+    group = Group(envs, slice(0, 4))
+    group.begin([1, 2, 3, 4], args)
+    start, episodes = group.potential.copy(), []
+    out = {key: np.zeros(4) for key in ("rewards", "terminations", "dones")} | {"valid": np.ones(4, bool)}
+    out["next_obs"] = np.zeros_like(group.x)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        before = group.obs
+        group.start(rng.uniform(-1, 1, (4, 4)))
+        finish_step(group, out, args, episodes)
+    assert before is not group.obs
+    final = out["next_obs"]  # delta observations: state 25, achieved 3, goal 3, ...
+    end = {"observation": final[:, :25], "achieved_goal": final[:, 25:28], "desired_goal": final[:, 28:31]}
+    expected = args.shaping * (fetch.potential(end, "FetchPush") - start)
+    np.testing.assert_allclose([e["return"] for e in episodes], expected, atol=1e-4)
+
+
+def test_staggered_starts_spread_the_ends_over_time():
+    args = replace(reach_args(), stagger=True, num_envs=10, num_steps=50)
+    batch, episodes = collect(args, "native")
+    ends = batch["dones"].float().sum(1)
+    assert ends.max() == 1 and ends.sum() == 10
+    assert len(episodes) == 1  # only the one that began at age 0; parts of episodes are not reported
+
+
+def test_a_run_logs_what_the_page_documents_and_resumes_to_the_same_bits(run):
+    code, whole = run(**FETCH, save_every=2, capture_video=False)
+    assert code == 0
+    logged = {key for row in rows(whole) for key in row} - {"step"}
+    assert logged == documented_metrics("ppo_fetch.md")
+    assert [row["step"] for row in rows(whole)] == [0, 80, 160, 240, 320]
+    assert (whole / "learning.png").stat().st_size > 5000 and (whole / "health.png").stat().st_size > 5000
+    config = json.loads((whole / "config.json").read_text())
+    assert config["versions"]["mujoco"] and config["args"]["gamma"] == 0.9
+    assert (whole / "ppo_fetch.py").read_text() == (ROOT / "ppo_fetch.py").read_text()
+    reference, final = timeless(whole), load_file(whole / "last" / "model.safetensors")
+    for folder in sorted((whole / "checkpoints").glob("step-*")):
+        if folder.name != "step-000000160":
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()
+    code, resumed = run(resume=str(whole / "checkpoints" / "step-000000160"))
+    assert code == 0 and resumed == whole
+    assert timeless(whole) == reference
+    again = load_file(whole / "last" / "model.safetensors")
+    assert all(torch.equal(again[key], final[key]) for key in final)
+
+
+def test_same_seed_same_numbers_other_seed_other_numbers_and_video_changes_none(run):
+    from gl import gl_missing
+
+    a, b, c = (run(**FETCH | {"seed": seed})[1] for seed in (1, 1, 2))
+    assert timeless(a) == timeless(b) and timeless(a)[1:] != timeless(c)[1:]
+    if why := gl_missing():
+        pytest.skip(f"no video here: {why}")
+    filmed = run(**FETCH | {"capture_video": True, "video_every": 2, "video_episodes": 1})[1]
+    assert timeless(filmed) == timeless(a) and same_weights(filmed / "last", a / "last")
+    table = rows(filmed, "video_table")
+    assert [row["global_step"] for row in table] == [160, 320]
+    columns = {"step", "global_step", "episode", "video", "episode_return", "episode_length", "final_distance"}
+    assert set(table[0]) == columns | {"success", "success_once"} and table[0]["episode_length"] == 50
+    import imageio
+
+    frames = imageio.mimread(table[0]["video"], memtest=False)
+    assert len(frames) == 50 and frames[0].shape == (240, 240, 3)
+    assert np.std(frames[0]) > 10 and not np.array_equal(frames[0], frames[-1])  # a picture, and it moves
+
+
+def test_training_goes_on_without_a_renderer_and_says_so(run, monkeypatch, capsys):
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    code, folder = run(**FETCH | {"capture_video": True, "video_every": 1})
+    out = capsys.readouterr().out
+    assert code == 0 and out.count("video is off") == 1 and "libegl1" in out
+    assert not (folder / "videos").exists()
+
+
+def test_an_evaluation_leaves_statistics_and_streams_alone(run):
+    often, seldom = run(**FETCH | {"eval_every": 1})[1], run(**FETCH | {"eval_every": 0})[1]
+    assert same_weights(often / "last", seldom / "last")
+
+
+def test_do_nothing_is_measured_and_the_interval_holds(run):
+    _, folder = run(**FETCH | {"eval_episodes": 40})
+    first = rows(folder)[0]
+    assert first["baseline/success_rate"] <= 0.1 and first["baseline/episodic_length"] == 50
+    assert first["eval/success_rate_low"] <= first["eval/success_rate"] <= first["eval/success_rate_high"]
+
+
+def test_eval_only_and_init_from_use_the_saved_policy_and_refuse_foreign_ones(run, capsys):
+    _, folder = run(**FETCH)
+    wanted = [row for row in rows(folder) if "eval/success_rate" in row]
+    best = max(wanted, key=lambda r: (r["eval/success_rate"], r["eval/episodic_return"]))
+    code, measured = run(init_from=str(folder), eval_only=True, hidden=16, eval_episodes=2, capture_video=False)
+    assert code == 0 and rows(measured)[0]["eval/episodic_return"] == best["eval/episodic_return"]
+    for flags, words in (
+        ({"env_id": "FetchPush-v4", "hidden": 16}, "--env-id FetchReach-v4"),
+        ({"hidden": 32}, "--hidden 16"),
+        ({"hidden": 16, "observation_mode": "full"}, "--observation-mode delta"),
+    ):
+        capsys.readouterr()
+        code, _ = run(init_from=str(folder), eval_only=True, **flags)
+        assert code == 2 and words in capsys.readouterr().err
+
+
+def test_fetch_reach_is_learned_in_seconds(run):
+    """6,400 steps of the default recipe; doing nothing succeeds in 2 of 100 episodes."""
+    code, folder = run(total_timesteps=6400, eval_every=0, eval_episodes=50, capture_video=False)
+    last = rows(folder)[-1]
+    assert code == 0 and last["eval/success_rate"] >= 0.8, last["eval/success_rate"]
+    assert last["losses/optimizer_steps"] <= 40 and rows(folder)[0]["baseline/success_rate"] < 0.1
+
+
+def test_a_stopped_run_saves_and_names_the_command_that_continues_it(run, monkeypatch, capsys):
+    whole = run(**FETCH)[1]
+    seen = []
+
+    def interrupt(*args, **kwargs):
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    original = ppo_fetch.update
+    monkeypatch.setattr(ppo_fetch, "update", interrupt)
+    time.sleep(1.1)  # run folders are named by the second
+    code, folder = run(**FETCH)
+    assert code == 143 and f"--resume {folder}" in capsys.readouterr().out
+    monkeypatch.setattr(ppo_fetch, "update", original)
+    code, _ = run(resume=str(folder))
+    assert code == 0 and timeless(folder) == timeless(whole)
+
+
+def test_two_processes_agree_with_one(tmp_path):
+    """Same environments, noise and minibatches; only the order of float sums differs."""
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+        flags = [f"--{k.replace('_', '-')}={v}" for k, v in FETCH.items() if k != "capture_video"]
+        command = [
+            *launcher,
+            "ppo_fetch.py",
+            *flags,
+            "--no-capture-video",
+            "--output-dir",
+            str(out),
+            "--env-groups",
+            "1",
+        ]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        (folder,) = (out / "ppo_fetch").iterdir()
+        found.append((timeless(folder), load_file(folder / "last" / "model.safetensors")))
+    (rows_1, weights_1), (rows_2, weights_2) = found
+    for a, b in zip(rows_1, rows_2, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), (a["step"], key)
+    for key in weights_1:
+        torch.testing.assert_close(weights_1[key], weights_2[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"env_id": "FetchReach-v3"}, "FetchReach-v4"),
+        ({"env_id": "FetchJump-v4"}, "FetchPickAndPlace-v4"),
+        ({"env_id": "CartPole-v1"}, "--env-backend gymnasium"),
+        ({"env_id": "NoSuchThing-v0", "env_backend": "gymnasium"}, "NoSuchThing"),
+        ({"env_id": "CartPole-v1", "env_backend": "gymnasium", "reward_mode": "dense"}, "--reward-mode env"),
+        ({"num_minibatches": 3}, "try 2"),
+        ({"num_envs": 31}, "--num-envs 30"),
+        ({"total_timesteps": 10}, "batch of 800"),
+        ({"reward_mode": "sprase"}, "sprase"),
+        ({"gamma": 1.5}, "--gamma"),
+        ({"eval_only": True}, "--init-from"),
+        ({"resume": "/nowhere/run"}, "does not exist"),
+        ({"init_from": "/nowhere/run"}, "does not exist"),
+    ],
+)
+def test_wrong_input_ends_in_one_line_with_exit_code_2(flags, words, run, capsys):
+    code, _ = run(**flags)
+    err = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and words in err[-1] and sum(line.startswith("error") for line in err) == 1
+
+
+def test_features_of_other_environments_are_flat_float32():
+    args = ppo_fetch.resolve(replace(Args(), env_id="CartPole-v1"))
+    nested = {"b": np.ones((2, 3)), "a": np.zeros((2, 2, 2))}
+    x = features(nested, args)
+    assert x.dtype == np.float32 and x.tolist() == [[0, 0, 0, 0, 1, 1, 1]] * 2
