@@ -10,15 +10,19 @@ number of threads, and does nothing else: no fingers put back, no observation, n
 import os
 import resource
 import statistics
+import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 import tyro
 from gymnasium.vector import AutoresetMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.fetch import HOLD, TASKS, FetchVec, import_robotics
 
@@ -82,7 +86,8 @@ def soak(args: Args) -> None:
         run(max(args.soak // args.num_envs // 10, 1))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         now = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-        print(f"{(part + 1) * args.soak // 10:>9,} steps  {time.time() - start:6.0f} s  {now:.1f} MB now, {peak:.1f} MB at most")
+        seconds = time.time() - start
+        print(f"{(part + 1) * args.soak // 10:>9,} steps  {seconds:6.0f} s  {now:.1f} MB now, {peak:.1f} MB at most")
 
 
 def main(args: Args) -> None:
@@ -90,7 +95,9 @@ def main(args: Args) -> None:
         return soak(args)
     import_robotics()
     kwargs = {"vector_kwargs": {"autoreset_mode": AutoresetMode.SAME_STEP}}
-    print(f"{args.num_envs} environments, {args.threads} threads, MuJoCo {mujoco.__version__}; env steps a second (median)")
+    print(
+        f"{args.num_envs} environments, {args.threads} threads, MuJoCo {mujoco.__version__}; env steps a second (median)"
+    )
     for task in args.tasks:
         async_envs = gym.make_vec(f"{task}-v4", args.num_envs, vectorization_mode="async", **kwargs)
         contenders = {
@@ -113,9 +120,11 @@ def main(args: Args) -> None:
         rates = {name: values[1:] for name, values in rates.items()}  # the first round warms up
         print(task)
         for name, values in rates.items():
-            cores = 1 if name.endswith("1 thread") or name.endswith("sync") and "async" not in name else args.threads
+            cores = 1 if name.endswith(("1 thread", " sync")) else args.threads
             median = statistics.median(values)
-            print(f"  {name:24s} {median:7.0f}   {median / cores:6.0f} per core   {min(values):.0f} to {max(values):.0f}")
+            print(
+                f"  {name:24s} {median:7.0f}   {median / cores:6.0f} per core   {min(values):.0f} to {max(values):.0f}"
+            )
 
         def ratio(a: str, b: str, rates=rates) -> float:
             return statistics.median(x / y for x, y in zip(rates[a], rates[b]))

@@ -100,9 +100,13 @@ class Logger:
         if self.wandb is not None and upload:
             import wandb
 
+            def cell(value):  # a path to a video becomes the video
+                is_video = isinstance(value, str) and value.endswith(".mp4")
+                return wandb.Video(value, format="mp4") if is_video else value
+
             columns = list(rows[0])
             # a wandb table is frozen once logged: a fresh object each time, under one stable name
-            table = wandb.Table(columns=columns, data=[[row.get(c) for c in columns] for row in rows])
+            table = wandb.Table(columns=columns, data=[[cell(row.get(c)) for c in columns] for row in rows])
             self.wandb.log({name: table, "global_step": step})
 
     def finish(self, exit_code: int = 0) -> None:

@@ -16,7 +16,15 @@ from ppo_fetch import Agent, Args, RunningStatistics, gae, logprobs_entropy, nor
 
 WORLD = World(0, 1, torch.device("cpu"))
 ARGS = replace(
-    Args(), num_envs=4, num_steps=8, num_minibatches=2, hidden=16, gamma=0.9, target_kl=0.03, update_epochs=3, learning_rate=1e-3
+    Args(),
+    num_envs=4,
+    num_steps=8,
+    num_minibatches=2,
+    hidden=16,
+    gamma=0.9,
+    target_kl=0.03,
+    update_epochs=3,
+    learning_rate=1e-3,
 )
 BOX, DISCRETE = gym.spaces.Box(-1, 1, (3,)), gym.spaces.Discrete(5)
 

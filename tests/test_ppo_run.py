@@ -95,7 +95,13 @@ class ConstantReward(gym.Env):
     def step(self, action):
         self.t += 1
         done = self.t == 5
-        return np.array([self.t * self.terminate], np.float32), 1.0, done and self.terminate, done and not self.terminate, {}
+        return (
+            np.array([self.t * self.terminate], np.float32),
+            1.0,
+            done and self.terminate,
+            done and not self.terminate,
+            {},
+        )
 
 
 class RandomWalk(gym.Env):

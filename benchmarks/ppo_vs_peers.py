@@ -1,0 +1,266 @@
+"""ppo_fetch.py against stable-baselines3's PPO and a cleanRL-style loop on FetchReach, dense reward.
+
+Every contender runs in a process of its own, one after the other, seed by seed, so that a machine whose speed drifts
+drifts under all of them. All are measured alike: after every 1,600 env steps or so, 100 episodes of the mean action with
+fixed seeds; evaluation time does not count. Reported: env steps and seconds until 95 % succeed, steps a second.
+
+    uv run --group bench python benchmarks/ppo_vs_peers.py --out docs/results/ppo_fetch/peers.jsonl
+
+    ours              ppo_fetch.py as it is
+    sb3               its PPO for dictionaries, 8 x 1024, batch 256, 10 epochs, gamma 0.99, lr 3e-4
+    sb3, our settings the same class with our observations, normalisation and hyperparameters: what the code itself costs
+    cleanrl-style     1 x 2048, 32 minibatches, a time limit counts as the end, one normaliser per environment
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+
+from common import fetch
+from common.fetch import FetchVec
+
+EVAL_EVERY = 1_600  # env steps
+STEPS = {"ours": 12_000, "sb3": 80_000, "sb3, our settings": 24_000, "cleanrl-style": 80_000}
+
+
+@dataclass
+class Args:
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """seeds of every contender"""
+    only: tuple[str, ...] = tuple(STEPS)
+    """contenders to run"""
+    out: str | None = None
+    """JSONL file for the curves"""
+    child: str | None = None
+    """(used by the benchmark itself) run one contender and print its curve as JSON"""
+
+
+class Curve:
+    """Success against env steps and training seconds; the clock stops during an evaluation."""
+
+    def __init__(self):
+        self.envs, self.start, self.paused, self.rows = FetchVec("FetchReach-v4", 100), time.time(), 0.0, []
+        self.next = 0
+
+    def measure(self, steps: int, act) -> None:
+        """`act`: dictionary of observations (100, ...) -> mean actions (100, 4)."""
+        if steps < self.next:
+            return
+        self.next = steps + EVAL_EVERY
+        pause = time.time()
+        obs, _ = self.envs.reset(seed=100_000)
+        for _ in range(50):
+            obs, _, _, _, infos = self.envs.step(act(obs))
+        success = float(infos["final_info"]["is_success"].mean())
+        self.rows.append({"steps": steps, "seconds": pause - self.start - self.paused, "success": success})
+        self.paused += time.time() - pause
+
+
+# ---- contenders ------------------------------------------------------------------------------------------------------
+
+
+def ours(seed: int) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "ppo_fetch.py"), "--seed", str(seed), "--eval-every", "2"]
+        command += ["--no-capture-video", "--output-dir", folder]
+        subprocess.run(command, check=True, capture_output=True)
+        (run,) = Path(folder, "ppo_fetch").iterdir()
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {"steps": r["step"], "seconds": r.get("time/train_s", 0.0), "success": r["eval/success_rate"]}
+        for r in rows
+        if "eval/success_rate" in r
+    ]
+
+
+def sb3(seed: int, our_settings: bool) -> list[dict]:
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    fetch.import_robotics()
+    torch.set_num_threads(1)
+
+    class Delta(gym.ObservationWrapper):
+        def __init__(self, env):
+            super().__init__(env)
+            self.observation_space = gym.spaces.Box(-np.inf, np.inf, (19,), np.float32)
+
+        def observation(self, obs):
+            return fetch.flatten({key: value[None] for key, value in obs.items()}, "delta")[0]
+
+    if our_settings:
+        envs = make_vec_env("FetchReachDense-v4", 32, seed=seed, wrapper_class=Delta)
+        envs = VecNormalize(envs, gamma=0.9)
+        model = PPO(
+            "MlpPolicy", envs, n_steps=25, batch_size=200, n_epochs=10, gamma=0.9, gae_lambda=0.95,
+            learning_rate=lambda left: 1e-3 * left, target_kl=0.02, policy_kwargs={"log_std_init": -0.5}, seed=seed,
+            device="cpu",
+        )  # fmt: skip  # its limit is 1.5 times target_kl
+    else:
+        envs = make_vec_env("FetchReachDense-v4", 8, seed=seed)
+        model = PPO("MultiInputPolicy", envs, n_steps=1024, batch_size=256, n_epochs=10, seed=seed, device="cpu")
+    curve = Curve()
+
+    def act(obs):
+        if our_settings:
+            obs = envs.normalize_obs(fetch.flatten(obs, "delta"))
+        return model.predict(obs, deterministic=True)[0]
+
+    class Measure(BaseCallback):
+        """Once a rollout is over its policy has been trained on what came before: measure where the next one starts."""
+
+        def _on_rollout_start(self):
+            curve.measure(self.num_timesteps, act)
+
+        def _on_step(self):
+            return not (curve.rows[-1]["success"] >= 0.99)
+
+    total = STEPS["sb3, our settings" if our_settings else "sb3"]
+    model.learn(total, callback=Measure())
+    curve.measure(10**9 if curve.rows[-1]["success"] >= 0.99 else model.num_timesteps, act)
+    return [row for row in curve.rows if row["steps"] < 10**9]
+
+
+def cleanrl_style(seed: int) -> list[dict]:
+    """What most people copy: per-environment wrappers, `done` for both kinds of end, no bootstrap through time limits."""
+    fetch.import_robotics()
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    T, gamma, lam, total = 2048, 0.99, 0.95, STEPS["cleanrl-style"]
+
+    env = gym.make("FetchReachDense-v4")
+    env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
+    env = gym.wrappers.ClipAction(env)
+    env = normalizer = gym.wrappers.NormalizeObservation(env)
+    env = gym.wrappers.TransformObservation(env, lambda obs: np.clip(obs, -10, 10), env.observation_space)
+    env = gym.wrappers.NormalizeReward(env, gamma=gamma)
+    env = gym.wrappers.TransformReward(env, lambda r: np.clip(r, -10, 10))
+
+    def layer(inputs, outputs, gain=2**0.5):
+        made = nn.Linear(inputs, outputs)
+        nn.init.orthogonal_(made.weight, gain)
+        nn.init.zeros_(made.bias)
+        return made
+
+    D, A = env.observation_space.shape[0], 4
+    actor = nn.Sequential(layer(D, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, A, 0.01))
+    critic = nn.Sequential(layer(D, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, 1, 1.0))
+    log_std = nn.Parameter(torch.zeros(A))
+    parameters = [*actor.parameters(), *critic.parameters(), log_std]
+    optimizer = torch.optim.Adam(parameters, lr=3e-4, eps=1e-5)
+    curve = Curve()
+
+    @torch.no_grad()
+    def act(obs):
+        flat = np.concatenate([obs[key] for key in sorted(obs)], axis=1)
+        rms = normalizer.obs_rms
+        x = np.clip((flat - rms.mean) / np.sqrt(rms.var + 1e-8), -10, 10)
+        return actor(torch.from_numpy(x).float()).numpy()
+
+    obs, done = torch.tensor(env.reset(seed=seed)[0]).float(), 0.0
+    iterations = total // T
+    for iteration in range(iterations):
+        curve.measure(iteration * T, act)
+        if curve.rows[-1]["success"] >= 0.99:
+            break
+        optimizer.param_groups[0]["lr"] = 3e-4 * (1 - iteration / iterations)
+        O, X, L, R, V, Z = (torch.zeros(T, *s) for s in ((D,), (A,), (), (), (), ()))
+        for t in range(T):
+            O[t], Z[t] = obs, done
+            with torch.no_grad():
+                dist = torch.distributions.Normal(actor(obs), log_std.exp())
+                X[t] = dist.sample()
+                L[t], V[t] = dist.log_prob(X[t]).sum(), critic(obs)[0]
+            raw, R[t], terminated, truncated, _ = env.step(X[t].numpy())
+            done = float(terminated or truncated)
+            obs = torch.tensor(env.reset()[0] if done else raw).float()
+        with torch.no_grad():
+            advantages, running, following = torch.zeros(T), 0.0, critic(obs)[0]
+            for t in reversed(range(T)):
+                alive = 1.0 - (done if t == T - 1 else Z[t + 1])
+                running = R[t] + gamma * following * alive - V[t] + gamma * lam * alive * running
+                advantages[t], following = running, V[t]
+            returns = advantages + V
+        for _ in range(10):
+            for mb in torch.randperm(T).split(T // 32):
+                dist = torch.distributions.Normal(actor(O[mb]), log_std.exp())
+                ratio = (dist.log_prob(X[mb]).sum(1) - L[mb]).exp()
+                a = (advantages[mb] - advantages[mb].mean()) / (advantages[mb].std() + 1e-8)
+                policy_loss = torch.max(-a * ratio, -a * ratio.clamp(0.8, 1.2)).mean()
+                value = critic(O[mb])[:, 0]
+                clipped = V[mb] + (value - V[mb]).clamp(-0.2, 0.2)
+                value_loss = 0.5 * torch.max((value - returns[mb]) ** 2, (clipped - returns[mb]) ** 2).mean()
+                optimizer.zero_grad()
+                (policy_loss + 0.5 * value_loss).backward()
+                nn.utils.clip_grad_norm_(parameters, 0.5)
+                optimizer.step()
+    return curve.rows
+
+
+RUN = {
+    "ours": ours,
+    "sb3": lambda seed: sb3(seed, False),
+    "sb3, our settings": lambda seed: sb3(seed, True),
+    "cleanrl-style": cleanrl_style,
+}
+
+
+def reached(rows: list[dict], share: float = 0.95) -> dict | None:
+    return next((row for row in rows if row["success"] >= share), None)
+
+
+def main(args: Args) -> None:
+    if args.child:
+        print(json.dumps(RUN[args.child](args.seeds[0])))
+        return
+    found: dict[str, list[dict]] = {name: [] for name in args.only}
+    for seed in args.seeds:
+        for name in args.only:
+            command = [sys.executable, __file__, "--child", name, "--seeds", str(seed)]
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+            if done.returncode:
+                sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+            rows = json.loads(done.stdout.strip().splitlines()[-1])
+            at = reached(rows)
+            rate = rows[-1]["steps"] / rows[-1]["seconds"]
+            found[name].append({"at": at, "rate": rate, "best": max(row["success"] for row in rows)})
+            text = f"95 % after {at['steps']:6,} steps, {at['seconds']:5.1f} s" if at else "95 % not reached"
+            print(f"seed {seed}  {name:18s} {text}, {rate:5.0f} steps/s, last {rows[-1]['success']:.2f}", flush=True)
+            if args.out:
+                Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+                with open(args.out, "a") as f:
+                    f.writelines(json.dumps({"contender": name, "seed": seed} | row) + "\n" for row in rows)
+    mine = found.get("ours", [])
+    for name, runs in found.items():
+        if name == "ours" or not mine:
+            continue
+        pairs = [(a["at"], b["at"]) for a, b in zip(runs, mine) if a["at"] and b["at"]]
+        line = (
+            f"{name} / ours, median over seeds: steps/s {median(a['rate'] / b['rate'] for a, b in zip(runs, mine)):.2f}"
+        )
+        if pairs:
+            line += "".join(
+                f", {unit} to 95 % {median(a[unit] / b[unit] for a, b in pairs):.1f}x" for unit in ("steps", "seconds")
+            )
+        print(line + f" ({len(pairs)} of {len(runs)} seeds got there)")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
