@@ -196,7 +196,7 @@ RECIPES = {
 
 
 def task_of(env_id: str) -> str:
-    """ "FetchPush-v4", "FetchPushDense-v4" -> "FetchPush"; anything but Fetch -> "other"."""
+    """FetchPush-v4, FetchPushDense-v4 -> FetchPush; anything but Fetch -> other."""
     return env_id.removesuffix("-v4").removesuffix("Dense") if fetch.is_fetch(env_id) else "other"
 
 
@@ -316,13 +316,11 @@ class RunningStatistics(nn.Module):
         x = x.double()
         n, total = torch.full((), len(x), dtype=torch.float64, device=x.device), x.sum(0)
         if world:
-            world.all_sum(sums := [n, total])
-            n, total = sums
+            world.all_sum([n, total])
         mean = total / n
         squares = ((x - mean) ** 2).sum(0)
         if world:
-            world.all_sum(sums := [squares])
-            squares = sums[0]
+            world.all_sum([squares])
         # eq: M2 = M2_a + M2_b + (m_b - m_a)^2 n_a n_b / (n_a + n_b)   [Chan et al. 1979]
         count, delta = self.count + n, mean - self.mean
         m2 = self.var * self.count + squares + delta**2 * self.count * n / count
@@ -421,11 +419,11 @@ def gae(rewards, values, next_values, terminations, dones, gamma: float, gae_lam
     """
     advantages = torch.zeros_like(rewards)
     # eq: delta_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)
-    deltas = rewards + gamma * (next_values * ~terminations) - values
+    deltas = rewards + gamma * (next_values * ~terminations.bool()) - values
     running = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
         # eq: A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}
-        running = deltas[t] + gamma * gae_lambda * (running * ~dones[t])
+        running = deltas[t] + gamma * gae_lambda * (running * ~dones[t].bool())
         advantages[t] = running
     return advantages, advantages + values
 
@@ -494,7 +492,7 @@ def update(
     flat = {key: value.flatten(0, 1) for key, value in batch.items()}
     valid = flat["valid"].nonzero().squeeze(-1) if world.size == 1 else torch.arange(T * N)
     size = args.num_envs * args.num_steps // args.num_minibatches
-    metrics, first_ratio_error, steps, skipped, stopped = {}, None, 0, 0, False
+    metrics, first_ratio_error, grad_norm, steps, skipped, stopped = {}, None, torch.zeros(()), 0, 0, False
     for _ in range(args.update_epochs):
         for rows in valid[minibatch_order(len(valid), generator)].split(size):
             mine = (rows % N >= first) & (rows % N < first + n)
@@ -529,11 +527,11 @@ def update(
             scaler.update()
             took = scaler.get_scale() >= before
             steps, skipped = steps + took, skipped + (not took)
-            metrics["grad_norm"] = grad_norm
         if stopped:
             break
     metrics.pop("ratio_max_error")
     return metrics | {
+        "grad_norm": grad_norm,
         "first_ratio_error": first_ratio_error,
         "optimizer_steps": steps,
         "skipped_steps": skipped,
@@ -646,7 +644,6 @@ def wilson(correct: float, n: int) -> tuple[float, float]:
     return (center - half) / (1 + z**2 / n), (center + half) / (1 + z**2 / n)
 
 
-@torch.no_grad()
 def mean_actions(agent: Agent, device: torch.device):
     """The policy without noise: a function from features (n, D) to actions, for evaluation and video."""
 

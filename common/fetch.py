@@ -11,6 +11,8 @@ Three things make it faster than stepping gymnasium's environments, none of whic
 3. what is elementwise is computed for all environments at once.
 """
 
+import contextlib
+import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,7 +41,8 @@ def import_robotics() -> None:
             f"MuJoCo {mujoco.__version__} cannot load the Fetch tasks of gymnasium-robotics 1.4.2 (an enum comparison "
             "fails); install 'mujoco>=3.3.7,<3.12'"
         )
-    import gymnasium_robotics
+    with contextlib.redirect_stderr(io.StringIO()):  # a notice about environments of other robots
+        import gymnasium_robotics
 
     gym.register_envs(gymnasium_robotics)
 

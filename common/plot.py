@@ -43,7 +43,11 @@ FIGURES = {
     "ppo_fetch": {
         "learning": [
             ("success of the mean action", "step", ["eval/success_rate", "eval/success_once", "charts/success_rate"]),
-            ("the same against training time", "time/train_s", ["eval/success_rate", "charts/success_rate"]),
+            (
+                "the same against training time",
+                "time/train_s",
+                ["eval/success_rate", "eval/success_once", "charts/success_rate"],
+            ),
             ("return of an episode", "step", ["eval/episodic_return", "charts/episodic_return"]),
         ],
         "health": [

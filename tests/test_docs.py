@@ -10,10 +10,11 @@ import pytest
 from conftest import ROOT
 
 import grpo_arithmetic
+import ppo_fetch
 from common.run import parse
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = {"grpo_arithmetic.py": grpo_arithmetic}
+SCRIPTS = {"grpo_arithmetic.py": grpo_arithmetic, "ppo_fetch.py": ppo_fetch}
 
 
 def commands():

@@ -163,6 +163,39 @@ def test_observations_lie_in_the_space_and_are_fresh_arrays():
     assert envs.np_random_seed == (0, 1) and len(envs.np_random) == 2
 
 
+class One(gym.Env):
+    """A FetchVec of one environment, seen as a plain environment, for gymnasium's checkers (it has none for vectors)."""
+
+    def __init__(self, env_id="FetchPush-v4"):
+        self.envs = FetchVec(env_id, 1)
+        self.observation_space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        obs, _ = self.envs.reset(seed=seed)
+        self._np_random = self.envs.np_random[0]
+        return {key: value[0] for key, value in obs.items()}, {}
+
+    def step(self, action):
+        obs, rewards, terminated, truncated, infos = self.envs.step(action[None])
+        if truncated[0]:
+            last = infos["final_obs"][0]
+            return last, rewards[0], False, True, {"is_success": infos["final_info"]["is_success"][0]}
+        obs = {key: value[0] for key, value in obs.items()}
+        return obs, rewards[0], bool(terminated[0]), bool(truncated[0]), {"is_success": infos["is_success"][0]}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_passes_gymnasiums_own_checkers(task):
+    from gymnasium.utils.env_checker import check_env
+    from gymnasium.utils.env_match import check_environments_match
+
+    fetch.import_robotics()
+    check_env(One(f"{task}-v4"), skip_render_check=True)
+    theirs = gym.make(f"{task}-v4")  # its time limit is a wrapper, ours is inside
+    check_environments_match(One(f"{task}-v4"), theirs, num_steps=49, seed=3, info_comparison="equivalence")
+
+
 def test_works_under_gymnasiums_own_vector_wrappers():
     from gymnasium.wrappers.vector import ClipReward, RecordEpisodeStatistics
 

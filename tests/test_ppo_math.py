@@ -273,6 +273,26 @@ def test_before_any_step_the_ratio_is_exactly_one(amp, space):
     assert metrics["first_ratio_error"] == 0.0 and metrics["optimizer_steps"] == 6
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_on_a_gpu_the_ratio_is_one_too(amp, compiled):
+    agent = make_agent(amp=amp).cuda()
+    if compiled:
+        agent.actor.compile()
+        agent.critic.compile()
+    batch = {key: value.cuda() for key, value in random_batch(make_agent(amp="off")).items()}
+    with torch.no_grad():
+        policy = agent.policy(batch["obs"].flatten(0, 1))
+        batch["logprobs"] = logprobs_entropy(agent, policy, batch["actions"].flatten(0, 1))[0].view(8, 4)
+    world = World(0, 1, torch.device("cuda"))
+    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, eps=1e-5, fused=True)
+    scaler = torch.amp.GradScaler("cuda", enabled=amp == "fp16", init_scale=1024.0)
+    args = replace(ARGS, amp=amp)
+    metrics = ppo_fetch.update(agent, optimizer, scaler, batch, args, torch.Generator().manual_seed(0), world)
+    assert metrics["first_ratio_error"] < (1e-6 if amp == "off" else 1e-2) and metrics["optimizer_steps"] > 0
+
+
 def test_updating_the_statistics_before_the_update_is_noticed():
     agent = make_agent()
     batch = random_batch(agent)

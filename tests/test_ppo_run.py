@@ -256,6 +256,12 @@ def test_native_and_gymnasium_backends_collect_the_same_bits(mode):
     assert a["dones"].sum() == 4 and a["terminations"].sum() == 0
 
 
+def test_environments_in_processes_collect_the_same_bits_too():
+    args = replace(reach_args(), num_envs=2)
+    (a, ended_a), (b, ended_b) = collect(args, "native"), collect(args, "gymnasium-async")
+    assert all(torch.equal(a[key], b[key]) for key in a) and ended_a == ended_b
+
+
 def test_groups_that_overlap_collect_the_same_bits_as_one():
     args = reach_args()
     (a, _), (b, _) = collect(args, "native"), collect(args, "native", groups=2)
