@@ -274,6 +274,7 @@ def test_before_any_step_the_ratio_is_exactly_one(amp, space):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_on_a_gpu_the_ratio_is_one_too(amp, compiled):
