@@ -49,6 +49,7 @@ FIGURES = {
                 ["eval/success_rate", "eval/success_once", "charts/success_rate"],
             ),
             ("return of an episode", "step", ["eval/episodic_return", "charts/episodic_return"]),
+            ("the same against training time", "time/train_s", ["eval/episodic_return", "charts/episodic_return"]),
         ],
         "health": [
             ("KL of the last minibatch", "step", ["losses/approx_kl"]),
@@ -79,7 +80,7 @@ def figure(runs: list[Path], panels: list, out: Path, caption: str) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = min(len(panels), 3)
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
     lines = -(-len(panels) // columns)
     fig, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.3 * lines + 0.4), squeeze=False)
     data = [read_metrics(run) for run in runs]
