@@ -188,8 +188,8 @@ RECIPES = {
     "FetchReach": dict(reward_mode="dense", total_timesteps=12_000, num_envs=32, learning_rate=1e-3, gamma=0.9,
                        num_minibatches=4, update_epochs=10, target_kl=0.03, hidden=64),
     "FetchPush": WITH_A_BLOCK | dict(total_timesteps=600_000),
-    "FetchPickAndPlace": WITH_A_BLOCK | dict(total_timesteps=800_000),
-    "FetchSlide": WITH_A_BLOCK | dict(total_timesteps=1_200_000),
+    "FetchPickAndPlace": WITH_A_BLOCK | dict(total_timesteps=600_000),
+    "FetchSlide": WITH_A_BLOCK | dict(total_timesteps=800_000),
     "other": dict(reward_mode="env", total_timesteps=500_000, num_envs=8, learning_rate=3e-4, gamma=0.99,
                   num_minibatches=4, update_epochs=10, target_kl=0.03, hidden=64),
 }  # fmt: skip
