@@ -15,7 +15,7 @@ Left out on purpose: recurrent policies, image observations, hindsight replay (i
 Dims: N environments, T steps, B = N * T, D observation, A action.
 
     uv run python ppo_fetch.py                                   # FetchReach, dense reward: half a minute on a laptop
-    uv run python ppo_fetch.py --env-id FetchPush-v4             # shaped reward, four minutes
+    uv run python ppo_fetch.py --env-id FetchPush-v4             # shaped reward, six minutes
     uv run python ppo_fetch.py --env-id CartPole-v1 --env-backend gymnasium
     uv run torchrun --nproc-per-node 4 ppo_fetch.py --env-id FetchPush-v4
 
@@ -187,8 +187,8 @@ WITH_A_BLOCK = dict(reward_mode="shaped", num_envs=64, learning_rate=5e-4, gamma
 RECIPES = {
     "FetchReach": dict(reward_mode="dense", total_timesteps=12_000, num_envs=32, learning_rate=1e-3, gamma=0.9,
                        num_minibatches=4, update_epochs=10, target_kl=0.03, hidden=64),
-    "FetchPush": WITH_A_BLOCK | dict(total_timesteps=600_000),
-    "FetchPickAndPlace": WITH_A_BLOCK | dict(total_timesteps=600_000),
+    "FetchPush": WITH_A_BLOCK | dict(total_timesteps=1_000_000),
+    "FetchPickAndPlace": WITH_A_BLOCK | dict(total_timesteps=1_200_000),
     "FetchSlide": WITH_A_BLOCK | dict(total_timesteps=800_000),
     "other": dict(reward_mode="env", total_timesteps=500_000, num_envs=8, learning_rate=3e-4, gamma=0.99,
                   num_minibatches=4, update_epochs=10, target_kl=0.03, hidden=64),

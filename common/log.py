@@ -41,7 +41,8 @@ class Logger:
         if enabled and track:
             import wandb
 
-            # keeps wandb's own files inside the run folder
+            # keeps wandb's own files inside the run folder, those that wait for an upload too
+            os.environ.setdefault("WANDB_DATA_DIR", str(run_dir / "wandb"))
             self.wandb = wandb.init(
                 project=os.environ.get("WANDB_PROJECT") or "groundup",
                 name=run_dir.name,
