@@ -171,6 +171,8 @@ class Args:
     """iterations between evaluations, 0: only at the end"""
     eval_episodes: int = 100
     """episodes of an evaluation, always the same ones, mean actions"""
+    stop_success: float = 0.0
+    """end the run once three evaluations in a row have at least this success rate, 0: never"""
     eval_seed: int = 100_000
     """seed of the first evaluation episode"""
     capture_video: bool = True
@@ -893,7 +895,7 @@ def run(args: Args, world: World, stop, logger, run_dir: Path, checkpoint: Path 
     state = {
         "script": SCRIPT, "env_id": args.env_id, "observation_mode": args.observation_mode, "hidden": args.hidden,
         "iteration": 0, "global_step": 0, "train_s": 0.0, "elapsed": 0.0, "best": None, "base": {}, "last": {},
-        "optimizer_steps": 0,
+        "optimizer_steps": 0, "streak": 0,
     }  # fmt: skip
     recent: deque[dict] = deque(maxlen=100)  # the last training episodes
     carry = torch.zeros(n, dtype=torch.float64, device=world.device)  # discounted return so far, for reward scaling
@@ -902,6 +904,8 @@ def run(args: Args, world: World, stop, logger, run_dir: Path, checkpoint: Path 
     def measure(step: int) -> dict[str, float]:
         """Evaluates; remembers the result and whether it is the best so far (success, then return)."""
         state["last"] = metrics = evaluate(act, eval_envs, args) if world.main else {}
+        good = args.stop_success > 0 and metrics.get("eval/success_rate", 0.0) >= args.stop_success
+        state["streak"] = state["streak"] + 1 if good else 0
         score = [metrics.get("eval/success_rate", 0.0), metrics.get("eval/episodic_return", 0.0)]
         if world.main and (state["best"] is None or score > state["best"]["score"]):
             state["best"] = {"score": score, "step": step}
@@ -1066,6 +1070,7 @@ def run(args: Args, world: World, stop, logger, run_dir: Path, checkpoint: Path 
         ending = iteration == iterations
         if ending or (args.eval_every and iteration % args.eval_every == 0):
             metrics |= measure(step)
+            ending |= any(world.gather([state["streak"] >= 3]))
         if ending or (args.video_every and iteration % args.video_every == 0):
             film(step)
         logger.log(step, metrics)
@@ -1080,6 +1085,8 @@ def run(args: Args, world: World, stop, logger, run_dir: Path, checkpoint: Path 
         if stopped:
             logger.say(f"stopped at step {step}; continue with: uv run python {SCRIPT}.py --resume {run_dir}")
             return stop.exit_code
+        if ending:
+            break
 
     # ---- the end: what came out of it, and where it is ----
     for envs in [group.envs for group in groups] + ([eval_envs] if eval_envs else []):
@@ -1089,11 +1096,13 @@ def run(args: Args, world: World, stop, logger, run_dir: Path, checkpoint: Path 
         figures = plot.draw([run_dir], SCRIPT, run_dir)
         last, base = state["last"], state["base"]
         if "eval/success_rate" in last:
+            distance = last.get("eval/final_distance")
             print(
                 f"success {base['baseline/success_rate']:.3f} (doing nothing) -> {last['eval/success_rate']:.3f} "
                 f"[{last['eval/success_rate_low']:.3f}, {last['eval/success_rate_high']:.3f}] of {args.eval_episodes} "
-                f"episodes, final distance {last['eval/final_distance'] * 100:.1f} cm, ", end="",
-            )  # fmt: skip
+                f"episodes, {f'final distance {distance * 100:.1f} cm, ' if distance is not None else ''}",
+                end="",
+            )
         print(
             f"return {base['baseline/episodic_return']:.2f} -> {last['eval/episodic_return']:.2f}; "
             f"{state['global_step']:,} steps in {state['train_s']:.1f} s of training, {logger.elapsed:.0f} s in all\n"

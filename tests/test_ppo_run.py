@@ -145,8 +145,20 @@ class Bandit(gym.Env):
         return self.obs, -float((action[0] - self.obs[0]) ** 2), True, False, {}
 
 
+class Solved(ConstantReward):
+    """At the goal whatever one does."""
+
+    def __init__(self):
+        super().__init__(terminate=True)
+
+    def step(self, action):
+        *rest, info = super().step(action)
+        return *rest, {"is_success": 1.0}
+
+
 gym.register("ProbeTruncated-v0", lambda: ConstantReward(False))
 gym.register("ProbeTerminated-v0", lambda: ConstantReward(True))
+gym.register("ProbeSolved-v0", Solved)
 gym.register("ProbeBandit-v0", lambda: Bandit(False))
 gym.register("ProbeDiscreteBandit-v0", lambda: Bandit(True))
 
@@ -407,6 +419,16 @@ def test_a_stopped_run_saves_and_names_the_command_that_continues_it(run, monkey
     monkeypatch.setattr(ppo_fetch, "update", original)
     code, _ = run(resume=str(folder))
     assert code == 0 and timeless(folder) == timeless(whole)
+
+
+def test_a_run_may_end_when_it_has_succeeded_three_times(run):
+    code, folder = run(
+        env_id="ProbeSolved-v0", total_timesteps=8000, num_envs=4, num_steps=10, hidden=8, stop_success=0.9,
+        **(GYM | {"eval_every": 2}),
+    )  # fmt: skip
+    assert code == 0
+    # evaluations at 0, 80 and 160 steps; the run has 200 iterations
+    assert rows(folder)[-1]["step"] == 160 and (folder / "last" / "model.safetensors").exists()
 
 
 def test_two_processes_agree_with_one(tmp_path):
