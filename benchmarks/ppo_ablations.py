@@ -112,7 +112,7 @@ class Args:
     """task"""
     total_timesteps: int = 12_000
     """env steps of a run"""
-    eval_every: int = 5
+    eval_every: int = 8
     """iterations between evaluations"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds of every variant"""
