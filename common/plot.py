@@ -4,6 +4,7 @@ uv run python -m common.plot --runs runs/grpo_arithmetic/A runs/grpo_arithmetic/
 """
 
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,8 +109,9 @@ def figure(runs: list[Path], panels: list, out: Path, caption: str) -> Path:
             ax.legend(fontsize=7)
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
+    caption = textwrap.fill(caption, int(4.6 * columns * 18))
     fig.text(0.5, 0.005, caption, ha="center", fontsize=7, color="0.35")
-    fig.tight_layout(rect=(0, 0.03, 1, 1))
+    fig.tight_layout(rect=(0, 0.04, 1, 1))
     out.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(out, dpi=110)
     plt.close(fig)
