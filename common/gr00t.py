@@ -34,6 +34,7 @@ Where the original is matched although one might not: pad tokens are attended to
 pooling head). The latter are not part of the module: they wait in `model.carried`, on the CPU, to be saved again.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -55,77 +56,47 @@ EMBODIMENTS = {"new_embodiment": 31, "gr1": 24, "oxe_droid": 17, "agibot_genie1"
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-# the sizes of the vision-language model, which the published checkpoint does not hold; a folder may bring its own as
-# eagle_config.json
-EAGLE = {
-    "model_type": "eagle_2_5_vl",
-    "use_pixel_shuffle": False,
-    "mlp_connector_layers": 1,
-    "select_layer": -1,
-    "force_image_size": 224,
-    "image_token_index": 151669,
-    "vision_config": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "num_channels": 3,
-        "image_size": 224,
-        "patch_size": 14,
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-        "attention_dropout": 0.0,
-    },
-    "text_config": {
-        "model_type": "qwen3",
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 28,  # of which GR00TConfig.select_layer are kept
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "vocab_size": 151680,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": True,
-    },
-}
+VISION = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, num_channels=3)
+VISION |= dict(
+    image_size=224, patch_size=14, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, attention_dropout=0.0
+)
+TEXT = dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, head_dim=128)
+TEXT |= dict(num_key_value_heads=8, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000000, attention_bias=False)
+TEXT |= dict(attention_dropout=0.0, vocab_size=151680, max_position_embeddings=40960, tie_word_embeddings=True)
+# The published checkpoint does not hold the sizes of its vision-language model; a folder may, as eagle_config.json.
+EAGLE = dict(model_type="eagle_2_5_vl", use_pixel_shuffle=False, mlp_connector_layers=1, select_layer=-1)
+EAGLE |= dict(force_image_size=224, image_token_index=151669, vision_config=VISION, text_config=TEXT)
 
 
 @dataclass(frozen=True)
 class GR00TConfig:
-    """Sizes of the model; the defaults are those of nvidia/GR00T-N1.5-3B. Comments: the name in its config.json."""
+    """Sizes of the model; the defaults are those of nvidia/GR00T-N1.5-3B."""
 
-    state_dim: int = 64  # max_state_dim
+    state_dim: int = 64
     action_dim: int = 32
     action_horizon: int = 16
-    num_embodiments: int = 32  # max_num_embodiments
+    num_embodiments: int = 32
     max_seq_len: int = 1024  # rows of the position table, of which the first action_horizon are used
-    num_future_tokens: int = 32  # num_target_vision_tokens
+    num_future_tokens: int = 32
     hidden_size: int = 1024  # inner width of the embodiment layers and output width of the DiT
     dit_layers: int = 16
     dit_heads: int = 32
-    dit_head_dim: int = 48  # heads * head_dim = width of the action tokens (input_embedding_dim)
+    dit_head_dim: int = 48
     dropout: float = 0.2
     vl_layers: int = 4
     vl_heads: int = 32
-    vl_head_dim: int = 64  # heads * head_dim = width of the VL features (backbone_embedding_dim)
+    vl_head_dim: int = 64
     vl_dropout: float = 0.2
     num_timestep_buckets: int = 1000
     noise_beta_alpha: float = 1.5
     noise_beta_beta: float = 1.0
     noise_s: float = 0.999
     num_inference_timesteps: int = 4
-    select_layer: int = 12  # text layers kept
+    select_layer: int = 12  # text layers kept, of those in text_config
     eagle: dict = field(default_factory=lambda: EAGLE)
     instruction_vocab: int = 0  # above 0: "lite", a table of that many tokens instead of the vision-language model
     mask_padding: bool = False
-    json: dict = field(default_factory=dict)  # the config.json this came from: keys not read here are written again
+    source: dict = field(default_factory=dict)  # the config.json this came from: keys not used here are written again
 
     @property
     def width(self) -> int:
@@ -150,16 +121,10 @@ class GR00TConfig:
     @classmethod
     def tiny(cls, image_size: int = 64, patch_size: int = 8, vocab_size: int = 272, **changes) -> "GR00TConfig":
         """Every part at toy width. Ids: 256 bytes, 3 Qwen specials, then the image tokens from 259 on."""
-        vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
-        vision |= dict(image_size=image_size, patch_size=patch_size)
-        text = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, head_dim=32)
-        text |= dict(num_key_value_heads=1, vocab_size=vocab_size)
-        eagle = EAGLE | {
-            "force_image_size": image_size,
-            "image_token_index": 259,
-            "vision_config": EAGLE["vision_config"] | vision,
-            "text_config": EAGLE["text_config"] | text,
-        }
+        toy = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+        vision = VISION | toy | dict(image_size=image_size, patch_size=patch_size)
+        text = TEXT | toy | dict(num_key_value_heads=1, head_dim=32, vocab_size=vocab_size)
+        eagle = EAGLE | dict(force_image_size=image_size, image_token_index=259, vision_config=vision, text_config=text)
         return cls(**(TOY_HEAD | dict(select_layer=2, eagle=eagle) | changes))
 
     @classmethod
@@ -167,127 +132,95 @@ class GR00TConfig:
         """The same head at toy width; the backbone is a learned table of instruction tokens, there are no images."""
         return cls(**(TOY_HEAD | dict(instruction_vocab=instruction_vocab) | changes))
 
+    def fixed(self) -> dict[str, object]:
+        """Places in config.json whose value follows from the architecture and the sizes."""
+        dit, vl = "action_head_cfg.diffusion_model_cfg", "action_head_cfg.vl_self_attention_cfg"
+        values = {f"{dit}.norm_type": "ada_norm", f"{dit}.interleave_self_attention": True}
+        values |= {f"{x}.final_dropout": True for x in (dit, vl)} | {
+            f"{x}.positional_embeddings": None for x in (dit, vl)
+        }
+        values |= {"action_head_cfg.add_pos_embed": True, "action_head_cfg.use_vlln": True, "model_type": "gr00t_n1_5"}
+        values |= {"backbone_cfg.project_to_dim": None, "backbone_cfg.reproject_vision": False}
+        values |= {"action_head_cfg.input_embedding_dim": self.width, f"{dit}.output_dim": self.hidden_size}
+        values |= {"action_head_cfg.backbone_embedding_dim": self.vl_width, f"{dit}.cross_attention_dim": self.vl_width}
+        return values
+
     @classmethod
     def from_json(cls, config: dict, eagle: dict | None = None) -> "GR00TConfig":
-        """Reads the checkpoint's config.json and, where there is one, eagle_config.json. Not N1.5: exit code 2."""
+        """From the checkpoint's config.json and, where there is one, eagle_config.json. Not N1.5: exit code 2."""
         if config.get("type") == "groot" and "action_head_cfg" not in config:
             return cls()  # LeRobot describes its policy, not the network, which is the published one
-        try:
-            backbone, head = config["backbone_cfg"], config["action_head_cfg"]
-            dit, vl = head["diffusion_model_cfg"], head["vl_self_attention_cfg"]
-            found = cls(
-                state_dim=head["max_state_dim"],
-                action_dim=head["action_dim"],
-                action_horizon=head["action_horizon"],
-                num_embodiments=head.get("max_num_embodiments", 32),
-                max_seq_len=head.get("max_seq_len", 1024),
-                num_future_tokens=head["num_target_vision_tokens"],
-                hidden_size=head["hidden_size"],
-                dit_layers=dit["num_layers"],
-                dit_heads=dit["num_attention_heads"],
-                dit_head_dim=dit["attention_head_dim"],
-                dropout=dit["dropout"],
-                vl_layers=vl["num_layers"],
-                vl_heads=vl["num_attention_heads"],
-                vl_head_dim=vl["attention_head_dim"],
-                vl_dropout=vl["dropout"],
-                num_timestep_buckets=head["num_timestep_buckets"],
-                noise_beta_alpha=head["noise_beta_alpha"],
-                noise_beta_beta=head["noise_beta_beta"],
-                noise_s=head["noise_s"],
-                num_inference_timesteps=head["num_inference_timesteps"],
-                select_layer=backbone.get("select_layer", 0),
-                eagle=eagle or EAGLE,
-                instruction_vocab=backbone.get("instruction_vocab", 0),
-                mask_padding=config.get("mask_padding", False),
-                json=config,
-            )
-        except (KeyError, TypeError) as error:
-            fail(f"config.json is not that of a GR00T N1.5 checkpoint: {error} is missing; nvidia/GR00T-N1.5-3B has it")
-        needed = {  # other values of these would be another architecture
-            "model_type": (config.get("model_type"), "gr00t_n1_5"),
-            "project_to_dim": (backbone.get("project_to_dim"), None),
-            "input_embedding_dim": (head["input_embedding_dim"], found.width),
-            "backbone_embedding_dim": (head["backbone_embedding_dim"], found.vl_width),
-            "cross_attention_dim": (dit["cross_attention_dim"], found.vl_width),
-            "output_dim": (dit["output_dim"], found.hidden_size),
-            "norm_type": (dit["norm_type"], "ada_norm"),
-            "interleave_self_attention": (dit["interleave_self_attention"], True),
-            "positional_embeddings": (dit["positional_embeddings"], None),
-            "add_pos_embed": (head["add_pos_embed"], True),
-            "use_vlln": (head["use_vlln"], True),
-            "use_pixel_shuffle": (found.eagle["use_pixel_shuffle"], False),
-            "mlp_connector_layers": (found.eagle["mlp_connector_layers"], 1),
-        }
+        values = {name: get(config, place) for name, place in PLACES.items()}
+        if absent := [PLACES[name] for name, value in values.items() if value is None and name not in OPTIONAL]:
+            fail(f"config.json is not that of a GR00T N1.5 checkpoint, it has no {', '.join(absent)}")
+        values = {name: value for name, value in values.items() if value is not None}
+        found = cls(**values, eagle=EAGLE | (eagle or {}), source=config)
+        wrong = [(place, get(config, place, want), want) for place, want in found.fixed().items()]
+        wrong += [(key, found.eagle[key], EAGLE[key]) for key in ("use_pixel_shuffle", "mlp_connector_layers")]
         if not found.instruction_vocab:
-            needed["text hidden_size"] = (found.eagle["text_config"]["hidden_size"], found.vl_width)
-        wrong = [f"{key} is {got!r}, not {want!r}" for key, (got, want) in needed.items() if got != want]
-        if wrong:
-            fail(f"this is not a GR00T N1.5 configuration: {'; '.join(wrong)}. N1, N1.6 and N1.7 are other networks")
+            wrong += [("text_config.hidden_size", found.eagle["text_config"]["hidden_size"], found.vl_width)]
+        if wrong := [f"{place} is {got!r}, not {want!r}" for place, got, want in wrong if got != want]:
+            fail(f"config.json is not that of GR00T N1.5: {'; '.join(wrong)}. N1, N1.6 and N1.7 are other networks")
         return found
 
     def to_json(self) -> dict:
         """config.json in the published layout."""
-        attention = {"dropout": self.dropout, "final_dropout": True, "positional_embeddings": None}
-        dit = attention | {
-            "num_layers": self.dit_layers,
-            "num_attention_heads": self.dit_heads,
-            "attention_head_dim": self.dit_head_dim,
-            "cross_attention_dim": self.vl_width,
-            "interleave_self_attention": True,
-            "norm_type": "ada_norm",
-            "output_dim": self.hidden_size,
-        }
-        vl = attention | {
-            "num_layers": self.vl_layers,
-            "num_attention_heads": self.vl_heads,
-            "attention_head_dim": self.vl_head_dim,
-            "dropout": self.vl_dropout,
-        }
-        head = {"model_dtype": "float32", "tune_projector": True, "tune_diffusion_model": True}
-        head |= self.json.get("action_head_cfg", {})
-        head |= {
-            "max_state_dim": self.state_dim,
-            "action_dim": self.action_dim,
-            "max_action_dim": self.action_dim,
-            "action_horizon": self.action_horizon,
-            "num_target_vision_tokens": self.num_future_tokens,
-            "hidden_size": self.hidden_size,
-            "input_embedding_dim": self.width,
-            "backbone_embedding_dim": self.vl_width,
-            "add_pos_embed": True,
-            "use_vlln": True,
-            "num_timestep_buckets": self.num_timestep_buckets,
-            "noise_beta_alpha": self.noise_beta_alpha,
-            "noise_beta_beta": self.noise_beta_beta,
-            "noise_s": self.noise_s,
-            "num_inference_timesteps": self.num_inference_timesteps,
-            "diffusion_model_cfg": head.get("diffusion_model_cfg", {}) | dit,
-            "vl_self_attention_cfg": head.get("vl_self_attention_cfg", {}) | vl,
-        }
-        # the published file leaves these two at the defaults of the code
-        head |= {k: v for k, v in (("max_num_embodiments", self.num_embodiments),) if v != 32 or k in head}
-        head |= {k: v for k, v in (("max_seq_len", self.max_seq_len),) if v != 1024 or k in head}
-        backbone = {"eagle_path": "tiny_qwen3-Siglip2_1mlp_nops", "load_bf16": False, "project_to_dim": None}
-        backbone |= {"reproject_vision": False, "tune_llm": False, "tune_visual": True, "use_flash_attention": True}
-        backbone |= self.json.get("backbone_cfg", {}) | {"select_layer": self.select_layer}
-        if self.instruction_vocab:
-            backbone = {"instruction_vocab": self.instruction_vocab}
-        config = {"attn_implementation": None, "model_dtype": "float32", "torch_dtype": "float32"} | self.json
-        config |= {
-            "model_type": "gr00t_n1_5",
-            "architectures": ["GR00T_N1_5"],
-            "action_dim": self.action_dim,
-            "action_horizon": self.action_horizon,
-            "hidden_size": self.vl_width,
-            "backbone_cfg": backbone,
-            "action_head_cfg": head,
-        }
-        return config | ({"mask_padding": True} if self.mask_padding else {})
+        config = copy.deepcopy(PUBLISHED | self.source)
+        for place, value in self.fixed().items():
+            put(config, place, value)
+        for name, place in PLACES.items():
+            default = getattr(GR00TConfig, name)
+            if name not in OPTIONAL or getattr(self, name) != default or get(config, place) is not None:
+                put(config, place, getattr(self, name))
+        put(config, "action_head_cfg.max_action_dim", self.action_dim)
+        return config | dict(action_dim=self.action_dim, action_horizon=self.action_horizon, hidden_size=self.vl_width)
 
 
+PLACES = {  # field of GR00TConfig -> where config.json has it
+    "state_dim": "action_head_cfg.max_state_dim",
+    "num_embodiments": "action_head_cfg.max_num_embodiments",
+    "num_future_tokens": "action_head_cfg.num_target_vision_tokens",
+    "dit_layers": "action_head_cfg.diffusion_model_cfg.num_layers",
+    "dit_heads": "action_head_cfg.diffusion_model_cfg.num_attention_heads",
+    "dit_head_dim": "action_head_cfg.diffusion_model_cfg.attention_head_dim",
+    "dropout": "action_head_cfg.diffusion_model_cfg.dropout",
+    "vl_layers": "action_head_cfg.vl_self_attention_cfg.num_layers",
+    "vl_heads": "action_head_cfg.vl_self_attention_cfg.num_attention_heads",
+    "vl_head_dim": "action_head_cfg.vl_self_attention_cfg.attention_head_dim",
+    "vl_dropout": "action_head_cfg.vl_self_attention_cfg.dropout",
+    "select_layer": "backbone_cfg.select_layer",
+    "instruction_vocab": "backbone_cfg.instruction_vocab",
+    "mask_padding": "mask_padding",
+}
+SAME_NAME = (
+    "action_dim action_horizon max_seq_len hidden_size num_timestep_buckets noise_beta_alpha noise_beta_beta noise_s"
+)
+PLACES |= {name: f"action_head_cfg.{name}" for name in [*SAME_NAME.split(), "num_inference_timesteps"]}
+OPTIONAL = {"num_embodiments", "max_seq_len", "instruction_vocab", "mask_padding"}  # absent from the published file
+PUBLISHED = {  # keys of the published file that nothing here depends on
+    "architectures": ["GR00T_N1_5"],
+    "attn_implementation": None,
+    "model_dtype": "float32",
+    "backbone_cfg": dict(load_bf16=False, tune_llm=False, tune_visual=True, use_flash_attention=True),
+    "action_head_cfg": dict(model_dtype="float32", tune_projector=True, tune_diffusion_model=True),
+}
+PUBLISHED["backbone_cfg"]["eagle_path"] = "qwen3_1_7B-Siglip2_400M_1mlp_nops"  # a name only
 TOY_HEAD = dict(hidden_size=64, num_future_tokens=4, dit_layers=4, dit_heads=4, dit_head_dim=16, vl_layers=1)
 TOY_HEAD |= dict(vl_heads=4, vl_head_dim=16, max_seq_len=64, dropout=0.0, vl_dropout=0.0)
+
+
+def get(config: dict, place: str, default=None):
+    for key in place.split("."):
+        config = config.get(key, default) if isinstance(config, dict) else default
+    return config
+
+
+def put(config: dict, place: str, value) -> None:
+    *outer, last = place.split(".")
+    for key in outer:
+        config = config.setdefault(key, {})
+    config[last] = value
+
 
 # ---- backbone --------------------------------------------------------------------------------------------------------
 
@@ -299,9 +232,9 @@ class EagleBackbone(nn.Module):
         super().__init__()
         if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
             fail("--attn-implementation flash_attention_2 needs the flash-attn package; sdpa works everywhere")
-        vision = {k: v for k, v in config.eagle["vision_config"].items() if k in EAGLE["vision_config"]}
-        text = {k: v for k, v in config.eagle["text_config"].items() if k in EAGLE["text_config"]}
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": text.pop("rope_theta")}
+        vision = {k: v for k, v in config.eagle["vision_config"].items() if k in VISION}
+        text = {k: v for k, v in config.eagle["text_config"].items() if k in TEXT}
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": text.pop("rope_theta", 1000000)}
         text["num_hidden_layers"] = config.select_layer
         vision_config = SiglipVisionConfig(**vision, vision_use_head=False, attn_implementation=attn_implementation)
         text_config = Qwen3Config(**text, use_cache=False, attn_implementation=attn_implementation)
@@ -455,6 +388,13 @@ class VLSelfAttention(BlockStack):
         return x  # (B, S, vl_width)
 
 
+def cos_sin(bucket: Tensor, half: int, divisor: int) -> tuple[Tensor, Tensor]:
+    """Time features, (B, half) each, in float32. eq: f_i = 10000^(-i / divisor); cos(bucket f), sin(bucket f)"""
+    f = torch.exp(torch.arange(half, device=bucket.device, dtype=torch.float32) * (-math.log(10000) / divisor))
+    angles = bucket[:, None].float() * f  # (B, half)
+    return angles.cos(), angles.sin()
+
+
 class TimestepEmbedder(nn.Module):
     def __init__(self, width: int):
         super().__init__()
@@ -462,10 +402,8 @@ class TimestepEmbedder(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, bucket: Tensor) -> Tensor:
-        # eq: f_i = 10000^(-i / 127);  features = [cos(bucket f), sin(bucket f)]
-        f = torch.exp(torch.arange(128, device=bucket.device, dtype=torch.float32) * (-math.log(10000) / 127))
-        angles = bucket[:, None].float() * f  # (B, 128)
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)  # (B, 256)
+        cos, sin = cos_sin(bucket, 128, 127)
+        features = torch.cat([cos, sin], dim=-1).to(self.linear_1.weight.dtype)  # (B, 256)
         return self.linear_2(F.silu(self.linear_1(features)))  # (B, width)
 
 
@@ -539,12 +477,10 @@ class ActionEncoder(nn.Module):
 
     def forward(self, actions: Tensor, bucket: Tensor, embodiment_id: Tensor) -> Tensor:
         a = self.W1(actions, embodiment_id)  # (B, H, width)
-        # eq: f_i = 10000^(-i / half);  tau = [sin(bucket f), cos(bucket f)], neither order nor divisor are the DiT's
-        half = self.width // 2
-        f = torch.exp(torch.arange(half, device=bucket.device, dtype=torch.float32) * (-math.log(10000) / half))
-        angles = bucket[:, None].float() * f  # (B, half)
-        tau = torch.cat([angles.sin(), angles.cos()], dim=-1).to(a.dtype)  # (B, width)
-        z = self.W2(torch.cat([a, tau[:, None].expand_as(a)], dim=-1), embodiment_id)
+        # neither the order nor the divisor are those of the DiT
+        cos, sin = cos_sin(bucket, self.width // 2, self.width // 2)
+        tau = torch.cat([sin, cos], dim=-1).to(a.dtype)[:, None].expand_as(a)  # (B, H, width), the same for all steps
+        z = self.W2(torch.cat([a, tau], dim=-1), embodiment_id)
         return self.W3(F.silu(z), embodiment_id)  # (B, H, width)
 
 
@@ -748,9 +684,12 @@ class GR00T(nn.Module):
         state = {}
         for name in model.state_dict():
             dtype = backbone_dtype if name.startswith("backbone.") else head_dtype
-            state[name] = read_tensor(sources[name]).to(device=device, dtype=dtype, copy=True)
+            file, key = sources[name]
+            state[name] = file.get_tensor(key).to(device=device, dtype=dtype, copy=True)
         model.load_state_dict(state, assign=True)
-        model.carried = {name: read_tensor(sources[name]) for name in model.carried_shapes()}
+        for name in model.carried_shapes():
+            file, key = sources[name]
+            model.carried[name] = file.get_tensor(key)  # a view of the file: its pages are read when it is saved
         model.backbone.restore_buffers()
         return model.eval()
 
@@ -801,6 +740,7 @@ class GR00T(nn.Module):
 
 EMBED = "backbone.eagle_model.language_model.model.embed_tokens.weight"
 LM_HEAD = "backbone.eagle_model.language_model.lm_head.weight"
+FUTURE = "action_head.future_tokens.weight"
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -833,8 +773,8 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def find_tensors(folder: Path, layout: dict[str, tuple[int, ...]]) -> dict[str, tuple[Path, str]]:
-    """Where each tensor of `layout` is: (file, its name there). Reads headers only, and reports all faults at once."""
+def find_tensors(folder: Path, layout: dict[str, tuple[int, ...]]) -> dict[str, tuple[safe_open, str]]:
+    """Where each tensor of `layout` is: (open file, its name there). Reads headers only, reports all faults at once."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         files = sorted(set((read_json(index).get("weight_map") or {}).values()))
@@ -851,12 +791,11 @@ def find_tensors(folder: Path, layout: dict[str, tuple[int, ...]]) -> dict[str, 
     found, shapes, dtypes = {}, {}, {}
     for file in files:
         try:
-            with safe_open(folder / file, "pt") as handle:
-                for key in handle.keys():
-                    name = key.removeprefix("_groot_model.")  # LeRobot wraps the model once more
-                    found[name] = (folder / file, key)
-                    view = handle.get_slice(key)
-                    shapes[name], dtypes[name] = tuple(view.get_shape()), view.get_dtype()
+            handle = safe_open(folder / file, "pt")
+            for key in handle.keys():
+                name = key.removeprefix("_groot_model.")  # LeRobot wraps the model once more
+                view = handle.get_slice(key)
+                found[name], shapes[name], dtypes[name] = (handle, key), tuple(view.get_shape()), view.get_dtype()
         except (OSError, SafetensorError) as error:
             fail(f"'{folder / file}' cannot be read ({error}): truncated or no safetensors file; fetch it again")
     for name, twin in (
@@ -878,13 +817,3 @@ def find_tensors(folder: Path, layout: dict[str, tuple[int, ...]]) -> dict[str, 
     if faults:
         fail(f"the weights in '{folder}' do not fit its config.json: {'; '.join(faults)}")
     return found
-
-
-FUTURE = "action_head.future_tokens.weight"
-
-
-def read_tensor(source: tuple[Path, str]) -> Tensor:
-    """A view of the file: pages are read when they are used."""
-    file, key = source
-    with safe_open(file, "pt") as handle:
-        return handle.get_tensor(key)
