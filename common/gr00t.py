@@ -56,13 +56,11 @@ EMBODIMENTS = {"new_embodiment": 31, "gr1": 24, "oxe_droid": 17, "agibot_genie1"
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-VISION = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, num_channels=3)
-VISION |= dict(
-    image_size=224, patch_size=14, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, attention_dropout=0.0
-)
+VISION = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=224)
+VISION |= dict(num_channels=3, patch_size=14, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, attention_dropout=0)
 TEXT = dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, head_dim=128)
 TEXT |= dict(num_key_value_heads=8, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000000, attention_bias=False)
-TEXT |= dict(attention_dropout=0.0, vocab_size=151680, max_position_embeddings=40960, tie_word_embeddings=True)
+TEXT |= dict(attention_dropout=0, vocab_size=151680, max_position_embeddings=40960, tie_word_embeddings=True)
 # The published checkpoint does not hold the sizes of its vision-language model; a folder may, as eagle_config.json.
 EAGLE = dict(model_type="eagle_2_5_vl", use_pixel_shuffle=False, mlp_connector_layers=1, select_layer=-1)
 EAGLE |= dict(force_image_size=224, image_token_index=151669, vision_config=VISION, text_config=TEXT)
@@ -134,16 +132,14 @@ class GR00TConfig:
 
     def fixed(self) -> dict[str, object]:
         """Places in config.json whose value follows from the architecture and the sizes."""
-        dit, vl = "action_head_cfg.diffusion_model_cfg", "action_head_cfg.vl_self_attention_cfg"
-        values = {f"{dit}.norm_type": "ada_norm", f"{dit}.interleave_self_attention": True}
-        values |= {f"{x}.final_dropout": True for x in (dit, vl)} | {
-            f"{x}.positional_embeddings": None for x in (dit, vl)
-        }
-        values |= {"action_head_cfg.add_pos_embed": True, "action_head_cfg.use_vlln": True, "model_type": "gr00t_n1_5"}
-        values |= {"backbone_cfg.project_to_dim": None, "backbone_cfg.reproject_vision": False}
-        values |= {"action_head_cfg.input_embedding_dim": self.width, f"{dit}.output_dim": self.hidden_size}
-        values |= {"action_head_cfg.backbone_embedding_dim": self.vl_width, f"{dit}.cross_attention_dim": self.vl_width}
-        return values
+        dit, vl = "diffusion_model_cfg", "vl_self_attention_cfg"
+        head = {f"{stack}.{key}": value for stack in (dit, vl) for key, value in BOTH_STACKS.items()}
+        head |= {f"{dit}.norm_type": "ada_norm", f"{dit}.interleave_self_attention": True}
+        head |= {"add_pos_embed": True, "use_vlln": True, "input_embedding_dim": self.width}
+        head |= {f"{dit}.output_dim": self.hidden_size, f"{dit}.cross_attention_dim": self.vl_width}
+        head |= {"backbone_embedding_dim": self.vl_width, "max_action_dim": self.action_dim}
+        fixed = {f"action_head_cfg.{key}": value for key, value in head.items()}
+        return fixed | {"model_type": "gr00t_n1_5", "backbone_cfg.project_to_dim": None}
 
     @classmethod
     def from_json(cls, config: dict, eagle: dict | None = None) -> "GR00TConfig":
@@ -172,7 +168,6 @@ class GR00TConfig:
             default = getattr(GR00TConfig, name)
             if name not in OPTIONAL or getattr(self, name) != default or get(config, place) is not None:
                 put(config, place, getattr(self, name))
-        put(config, "action_head_cfg.max_action_dim", self.action_dim)
         return config | dict(action_dim=self.action_dim, action_horizon=self.action_horizon, hidden_size=self.vl_width)
 
 
@@ -192,19 +187,18 @@ PLACES = {  # field of GR00TConfig -> where config.json has it
     "instruction_vocab": "backbone_cfg.instruction_vocab",
     "mask_padding": "mask_padding",
 }
-SAME_NAME = (
-    "action_dim action_horizon max_seq_len hidden_size num_timestep_buckets noise_beta_alpha noise_beta_beta noise_s"
-)
-PLACES |= {name: f"action_head_cfg.{name}" for name in [*SAME_NAME.split(), "num_inference_timesteps"]}
+SAME_NAME = "action_dim action_horizon max_seq_len hidden_size num_timestep_buckets noise_beta_alpha noise_beta_beta"
+PLACES |= {name: f"action_head_cfg.{name}" for name in [*SAME_NAME.split(), "noise_s", "num_inference_timesteps"]}
 OPTIONAL = {"num_embodiments", "max_seq_len", "instruction_vocab", "mask_padding"}  # absent from the published file
+BOTH_STACKS = {"final_dropout": True, "positional_embeddings": None}
 PUBLISHED = {  # keys of the published file that nothing here depends on
     "architectures": ["GR00T_N1_5"],
     "attn_implementation": None,
     "model_dtype": "float32",
-    "backbone_cfg": dict(load_bf16=False, tune_llm=False, tune_visual=True, use_flash_attention=True),
+    "backbone_cfg": dict(eagle_path="qwen3_1_7B-Siglip2_400M_1mlp_nops", load_bf16=False, reproject_vision=False)
+    | dict(tune_llm=False, tune_visual=True, use_flash_attention=True),
     "action_head_cfg": dict(model_dtype="float32", tune_projector=True, tune_diffusion_model=True),
 }
-PUBLISHED["backbone_cfg"]["eagle_path"] = "qwen3_1_7B-Siglip2_400M_1mlp_nops"  # a name only
 TOY_HEAD = dict(hidden_size=64, num_future_tokens=4, dit_layers=4, dit_heads=4, dit_head_dim=16, vl_layers=1)
 TOY_HEAD |= dict(vl_heads=4, vl_head_dim=16, max_seq_len=64, dropout=0.0, vl_dropout=0.0)
 
@@ -407,15 +401,6 @@ class TimestepEmbedder(nn.Module):
         return self.linear_2(F.silu(self.linear_1(features)))  # (B, width)
 
 
-class TimestepEncoder(nn.Module):  # a level of names
-    def __init__(self, width: int):
-        super().__init__()
-        self.timestep_embedder = TimestepEmbedder(width)
-
-    def forward(self, bucket: Tensor) -> Tensor:
-        return self.timestep_embedder(bucket)
-
-
 class DiT(BlockStack):
     """Even blocks: cross-attention to the VL features. Odd blocks: self-attention among the state and action tokens."""
 
@@ -423,12 +408,12 @@ class DiT(BlockStack):
         width = config.width
         contexts = [width if i % 2 else config.vl_width for i in range(config.dit_layers)]
         super().__init__([Block(width, context, config.dit_heads, config.dropout, True) for context in contexts])
-        self.timestep_encoder = TimestepEncoder(width)
+        self.timestep_encoder = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(width)})
         self.proj_out_1 = nn.Linear(width, 2 * width)
         self.proj_out_2 = nn.Linear(width, config.hidden_size)
 
     def forward(self, x: Tensor, features: Tensor, bucket: Tensor, key_mask: Tensor | None) -> Tensor:
-        temb = self.timestep_encoder(bucket)  # (B, width), the same for all blocks
+        temb = self.timestep_encoder["timestep_embedder"](bucket)  # (B, width), the same for all blocks
         for i, block in enumerate(self.transformer_blocks):
             context, mask = (None, None) if i % 2 else (features, key_mask)
             x = self.run(block, x, context, temb, mask)  # (B, 1 + F + H, width)
@@ -554,6 +539,7 @@ class GR00T(nn.Module):
             InstructionTable(config) if config.instruction_vocab else EagleBackbone(config, attn_implementation)
         )
         self.action_head = ActionHead(config)
+        self.checkpointed = False
         self.carried: dict[str, Tensor] = {}  # stored tensors that nothing computes with, on the CPU
         self.set_trainable()
 
@@ -611,8 +597,8 @@ class GR00T(nn.Module):
         """Frozen parts stay in evaluation mode, which switches the DiT's dropout off when it is frozen."""
         super().train(mode)
         for name, module in self.named_modules():
-            if not self.flags[group_of(name)]:
-                module.eval()
+            if not self.flags[group_of(name)] and not (self.checkpointed and name.startswith("backbone.")):
+                module.eval()  # the backbone has no dropout, and transformers checkpoints in training mode only
         return self
 
     def gradient_checkpointing(self, enabled: bool) -> None:
@@ -625,6 +611,8 @@ class GR00T(nn.Module):
                     part.gradient_checkpointing_enable({"use_reentrant": False})
                 else:
                     part.gradient_checkpointing_disable()
+        self.checkpointed = enabled
+        self.train(self.training)
 
     # -- files
 
