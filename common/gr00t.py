@@ -754,6 +754,8 @@ def read_json(path: Path, optional: bool = False) -> dict | None:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         fail(f"'{path}' cannot be read ({error}); a checkpoint folder has config.json and model*.safetensors")
+    if not isinstance(found, dict):
+        fail(f"'{path}' is not a JSON object; a checkpoint folder has config.json and model*.safetensors")
     return found
 
 
