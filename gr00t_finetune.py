@@ -26,10 +26,9 @@ import importlib
 import json
 import math
 import os
-import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -38,9 +37,24 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
-from common.lerobot import Episodes, bounds, cache_frames, find_folder, from_matrix, read_episodes, read_info, to_matrix
+from common import plot
+from common.checkpoint import atomic_folder, find_checkpoint, link, load_state, prune, save_state
+from common.fetch import FetchVec
+from common.gr00t import EMBODIMENTS, GR00T, GR00TConfig, group_of
+from common.lerobot import (
+    Episodes,
+    bounds,
+    cache_frames,
+    find_folder,
+    from_matrix,
+    read_episodes,
+    read_info,
+    read_modality,
+    to_matrix,
+)
 from common.log import Logger
 from common.run import (
     StopSignal,
@@ -123,10 +137,10 @@ class Args:
     """tiny, lite, a folder in the published layout, a run folder, or a hub id such as nvidia/GR00T-N1.5-3B"""
     tokenizer: str | None = None
     """folder or hub id of the tokenizer; default: bundled for tiny and lite, lerobot/eagle2hg-processor-groot-n1p5"""
-    tune_llm: bool = False
-    """train the language model"""
-    tune_visual: bool = False
-    """train the vision tower and its connector"""
+    tune_llm: bool | None = None
+    """train the language model (lite: its table of instruction tokens); default: only of a fresh tiny or lite model"""
+    tune_visual: bool | None = None
+    """train the vision tower and its connector; default: only of a fresh tiny model"""
     tune_projector: bool = True
     """train the embodiment layers: state encoder, action encoder, action decoder, position table"""
     tune_diffusion_model: bool = True
@@ -139,6 +153,8 @@ class Args:
     """dropout before the adapters"""
     lora_full_model: bool = False
     """adapters in the backbone too"""
+    lora_targets: Literal["qkv", "qkvo"] = "qkv"
+    """projections of each attention that get adapters"""
     mask_padding: bool = False
     """keep pad tokens out of the action head's attention (the reference lets them in)"""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -177,6 +193,8 @@ class Args:
     """held-out episodes of the open-loop evaluation; default: all"""
     eval_steps: int = 150
     """steps of each, at most"""
+    eval_figures: int = 3
+    """episodes drawn, prediction against recording"""
     denoising_steps: int = 4
     """Euler steps K of the policy"""
     denoising_sweep: tuple[int, ...] = (1, 2, 4, 8)
@@ -828,6 +846,959 @@ def attach_frames(data: Demonstrations, sets: list[Episodes], use: list[list[int
 
 def attach_prompts(data: Demonstrations, tokenizer, image_tokens: int, form: str) -> None:
     views = len(data.config.video)
-    texts = [prompt(text, views, image_tokens, form) for text in data.instructions]
+    # a model without cameras (lite) reads the bare instruction
+    texts = [prompt(text, views, image_tokens, form) if views else text for text in data.instructions]
     data.prompts = [np.array(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
     data.pad_id = tokenizer.pad_token_id
+
+
+# ---- 3. Model --------------------------------------------------------------------------------------------------------
+
+
+def resolve_model_path(path: str) -> str:
+    """A run folder stands for its best checkpoint, or its last."""
+    folder = Path(path)
+    for name in ("best", "last"):
+        if (folder / "checkpoints").is_dir() and (folder / name).exists():
+            return str((folder / name).resolve())
+    return path
+
+
+def load_model(args: Args, device: torch.device) -> GR00T:
+    """Fresh (tiny, lite) or from files. What is frozen is stored in bf16 where autocast computes in bf16 anyway."""
+    if args.model_path in FRESH:
+        torch.manual_seed(args.seed)
+        config = FRESH[args.model_path](mask_padding=args.mask_padding)
+        return GR00T(config, args.attn_implementation).to(device)
+    folder = resolve_model_path(args.model_path)
+    tuned = args.tune_llm or args.tune_visual
+    return GR00T.from_pretrained(
+        folder,
+        device=device,
+        backbone_dtype=torch.bfloat16 if args.amp == "bf16" and not tuned else torch.float32,
+        mask_padding=args.mask_padding or None,
+        attn_implementation=args.attn_implementation,
+    )
+
+
+FRESH = {"tiny": GR00TConfig.tiny, "lite": GR00TConfig.lite}
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus a trained matrix of low rank."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.linear, self.scale, self.dropout = linear, alpha / rank, nn.Dropout(dropout)
+        device = linear.weight.device
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))  # starts as the layer it adapts
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # eq: y = W x + b + (alpha / r) B A x   [LoRA, arXiv 2106.09685]
+        low = F.linear(self.dropout(x).to(self.A.dtype), self.A)
+        return self.linear(x) + self.scale * F.linear(low, self.B)
+
+    def merged_weight(self) -> torch.Tensor:
+        # eq: W' = W + (alpha / r) B A
+        return (self.linear.weight.float() + self.scale * (self.B @ self.A)).to(self.linear.weight.dtype)
+
+
+def add_lora(model: GR00T, args: Args) -> dict[str, LoRALinear]:
+    """Puts adapters on the attention projections; trained are they and, as ever, the embodiment layers.
+
+    The reference freezes the embodiment layers too, which leaves a new robot with layers that were never trained.
+    """
+    ends = ("q_proj", "k_proj", "v_proj", "to_q", "to_k", "to_v")
+    ends += ("out_proj", "o_proj", "to_out.0") if args.lora_targets == "qkvo" else ()
+    chosen = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.endswith(ends)
+        and (args.lora_full_model or name.startswith("action_head."))
+    ]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(args.tune_projector and group_of(name) == "tune_projector")
+    adapters = {}
+    for name in chosen:
+        parent, _, child = name.rpartition(".")
+        adapters[name] = LoRALinear(model.get_submodule(name), args.lora_rank, args.lora_alpha, args.lora_dropout)
+        setattr(model.get_submodule(parent), child, adapters[name])
+    return adapters
+
+
+@contextmanager
+def merged(model: GR00T, adapters: dict[str, LoRALinear]):
+    """Inside, the model is the plain one with the adapters added to its weights; outside, it is what it was."""
+    kept = {}
+    for name, adapter in adapters.items():
+        parent, _, child = name.rpartition(".")
+        kept[name] = adapter.linear.weight.data
+        adapter.linear.weight.data = adapter.merged_weight().detach()
+        setattr(model.get_submodule(parent), child, adapter.linear)
+    yield
+    for name, adapter in adapters.items():
+        parent, _, child = name.rpartition(".")
+        adapter.linear.weight.data = kept[name]
+        setattr(model.get_submodule(parent), child, adapter)
+
+
+def set_training(model: GR00T, adapters: dict[str, LoRALinear]) -> None:
+    """Training mode: frozen parts stay in evaluation mode, adapters drop out wherever they are."""
+    model.train()
+    for adapter in adapters.values():
+        adapter.dropout.train()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters, decayed and not: no decay for LayerNorms and for names with "bias" in them.
+
+    The embodiment layers' biases are called `b` and RMSNorms are no LayerNorms, so both decay, as in the reference.
+    """
+    norms = {f"{n}.{k}" for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) for k in ("weight", "bias")}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name not in norms and "bias" not in name].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+
+
+# ---- 4. Algorithm ----------------------------------------------------------------------------------------------------
+
+
+def sample_time(config: GR00TConfig, count: int, device: torch.device) -> torch.Tensor:
+    """(B,) times of the flow: 0 is noise, 1 is data."""
+    beta = torch.distributions.Beta(config.noise_beta_alpha, config.noise_beta_beta)
+    s = beta.sample((count,)).to(device)
+    # eq: t = (0.999 - s) / 0.999,  s ~ Beta(1.5, 1): density falls with t, mean 0.4
+    return (config.noise_s - s) / config.noise_s
+
+
+def velocity_error(
+    model: GR00T, batch: dict[str, torch.Tensor], noise: torch.Tensor | None = None, t: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared error (B, H, D) of the predicted velocity, and the times t (B,) it was measured at."""
+    x_1 = batch["action"].float()  # (B, H, D)
+    x_0 = torch.randn_like(x_1) if noise is None else noise
+    t = sample_time(model.config, len(x_1), x_1.device) if t is None else t
+    tau = t[:, None, None]
+    # eq: x_t = (1 - t) x_0 + t x_1   [flow matching, arXiv 2210.02747]
+    x_t = (1 - tau) * x_0 + tau * x_1
+    # eq: u = dx_t / dt = x_1 - x_0
+    v_target = x_1 - x_0
+    features, mask = model.vl_features(batch)  # (B, S, W)
+    v_pred = model.velocity(features, mask, batch["state"], x_t, t, batch["embodiment_id"])  # (B, H, D)
+    return (v_pred.float() - v_target) ** 2, t
+
+
+def masked_mean(error: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the valid entries of the whole batch; steps past an episode's end are valid, padded dims are not."""
+    # eq: L = sum m |v - u|^2 / sum m
+    return (error * mask).sum() / mask.sum()
+
+
+def flow_matching_loss(
+    model: GR00T, batch: dict[str, torch.Tensor], noise: torch.Tensor | None = None, t: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Flow-matching loss of a batch of demonstrations, a scalar in float32.
+
+    Args:
+        batch: as `GR00T` takes it, with action and action_mask (B, H, D).
+        noise: x_0 (B, H, D); drawn from N(0, I) when None.
+        t: (B,) in [0, 1); drawn (see `sample_time`) when None.
+    """
+    error, _ = velocity_error(model, batch, noise, t)
+    return masked_mean(error, batch["action_mask"])
+
+
+@torch.no_grad()
+def sample_actions(
+    model: GR00T, batch: dict[str, torch.Tensor], noise: torch.Tensor | None = None, num_steps: int = 4
+) -> torch.Tensor:
+    """Actions (B, H, D) in normalised units, float32: Euler's method from noise (t = 0) to data (t = 1).
+
+    Args:
+        batch: observations, as `GR00T` takes them.
+        noise: x_0 (B, H, D); drawn from N(0, I) when None.
+        num_steps: K, evaluations of the velocity.
+    """
+    config, state = model.config, batch["state"]
+    if noise is None:
+        noise = torch.randn(len(state), config.action_horizon, config.action_dim, device=state.device)
+    features, mask = model.vl_features(batch)  # once: they do not depend on t
+    x = noise.float()
+    for k in range(num_steps):
+        t = torch.full((len(x),), k / num_steps, dtype=torch.float64, device=x.device)
+        # eq: x_{k+1} = x_k + v(x_k, k / K) / K
+        x = x + model.velocity(features, mask, state, x, t, batch["embodiment_id"]).float() / num_steps
+    return x
+
+
+def learning_rate(step: int, args: Args) -> float:
+    """Step size of optimizer step 1, 2, …: from 0 up in a line, then down to 0 along half a cosine."""
+    k, warmup = step - 1, math.ceil(args.warmup_ratio * args.max_steps)
+    if k < warmup:
+        # eq: lr_k = lr k / W
+        return args.learning_rate * k / warmup
+    # eq: lr_k = lr (1 + cos(pi (k - W) / (T - W))) / 2
+    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * (k - warmup) / max(args.max_steps - warmup, 1)))
+
+
+TIME_BINS = 4
+
+
+class Tally:
+    """Sums of squared errors since the last line of metrics: in all, by time of the flow, by action dim."""
+
+    def __init__(self, device: torch.device):
+        self.bins = torch.zeros(2, TIME_BINS, device=device)  # sum, count
+        self.dims = torch.zeros(2, ACTION_DIM, device=device)
+
+    @torch.no_grad()
+    def add(self, error: torch.Tensor, mask: torch.Tensor, t: torch.Tensor) -> None:
+        error, mask = error.float() * mask, mask.float()
+        bins = (t.float() * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+        self.bins[0].index_add_(0, bins, error.sum((1, 2)))
+        self.bins[1].index_add_(0, bins, mask.sum((1, 2)))
+        self.dims += torch.stack([error.sum((0, 1)), mask.sum((0, 1))])
+
+    def metrics(self, prefix: str, names: list[str], world: World | None = None) -> dict[str, float]:
+        if world:
+            world.all_sum([self.bins, self.dims])
+        bins, dims = self.bins.tolist(), self.dims.tolist()
+        found = {f"{prefix}/loss": sum(bins[0]) / max(sum(bins[1]), 1)}
+        for i in range(TIME_BINS):
+            name = f"{prefix}/loss_t/{i / TIME_BINS:.2f}-{(i + 1) / TIME_BINS:.2f}"
+            found[name] = bins[0][i] / bins[1][i] if bins[1][i] else math.nan
+        for i, name in enumerate(names):
+            found[f"{prefix}/loss_dim/{name}"] = dims[0][i] / max(dims[1][i], 1)
+        self.bins.zero_()
+        self.dims.zero_()
+        return found
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    if "images" in batch:
+        batch["eagle_pixel_values"] = pixel_values(batch.pop("images"))
+    return batch
+
+
+def sum_gradients(world: World, parameters: list[nn.Parameter], bucket: int = 25_000_000) -> None:
+    """Adds up all processes' gradients, some 100 MB at a time."""
+    grads, size = [], 0
+    for parameter in parameters:
+        if parameter.grad is None:  # a process may not have needed it, another may have
+            parameter.grad = torch.zeros_like(parameter)
+        grads.append(parameter.grad)
+        size += parameter.numel()
+        if size > bucket:
+            world.all_sum(grads)
+            grads, size = [], 0
+    world.all_sum(grads)
+
+
+# ---- 5. Evaluate: open loop ------------------------------------------------------------------------------------------
+
+
+def autocast(args: Args, device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16")
+
+
+@torch.no_grad()
+def validation_loss(model: GR00T, data: Demonstrations, rows: np.ndarray, args: Args, device: torch.device) -> dict:
+    """Loss on held-out frames: evenly spaced ones, without augmentation, the same noise and times at every call."""
+    model.eval()
+    count = min(len(rows), args.eval_batches * args.batch_size)
+    chosen = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
+    tally = Tally(device)
+    for start in range(0, count, args.batch_size):
+        part = chosen[start : start + args.batch_size]
+        batch = to_device(data[Plan(part, np.arange(start, start + len(part)), 0, stream=1)], device)
+        with autocast(args, device):
+            error, t = velocity_error(model, batch, batch["noise"], batch["t"])
+        tally.add(error, batch["action_mask"], t)
+    return tally.metrics("val", action_names(data))
+
+
+def action_names(data: Demonstrations) -> list[str]:
+    """One name per real dim of the model's actions."""
+    names = []
+    for key in data.config.action:
+        width = len(statistics_of("action", key, data.config, data.metadata)["min"])
+        names += [key] if width == 1 else [f"{key}.{i}" for i in range(width)]
+    return names
+
+
+@torch.no_grad()
+def predict_chunks(
+    model: GR00T, data: Demonstrations, rows: np.ndarray, args: Args, device: torch.device, num_steps: int
+) -> np.ndarray:
+    """The policy's 16 actions (B, 16, 32) at each row, in model units; noise depends on seed and row alone."""
+    model.eval()
+    chunks = []
+    for start in range(0, len(rows), args.batch_size):
+        part = rows[start : start + args.batch_size]
+        batch = to_device(data[Plan(part, part, 0, stream=2)], device)
+        with autocast(args, device):
+            chunks.append(sample_actions(model, batch, batch["noise"], num_steps).cpu().numpy())
+    return np.concatenate(chunks)
+
+
+def open_loop(
+    model: GR00T, data: Demonstrations, episodes: list[dict], mean_action: np.ndarray, args: Args,
+    device: torch.device, num_steps: int,
+) -> list[dict]:  # fmt: skip
+    """Replays recorded episodes: every 16 rows the policy predicts the 16 actions that follow, from the recording.
+
+    Returns one dict per episode: recorded, predicted, hold, mean (T, D) in raw units (T rows of the episode, at most
+    --eval-steps), and normalized (T, 2, D): prediction and recording in model units.
+    """
+    starts = [
+        (e, row) for e in episodes for row in range(e["start"], min(e["end"], e["start"] + args.eval_steps), HORIZON)
+    ]
+    chunks = predict_chunks(model, data, np.array([row for _, row in starts]), args, device, num_steps)
+    truth = data.actions(np.array([row for _, row in starts]))
+    raw = np.concatenate(
+        list(decode_actions(chunks[..., : data.dims].astype(np.float64), data.config, data.metadata).values()), axis=-1
+    )
+    results = []
+    for episode in episodes:
+        mine = [i for i, (e, _) in enumerate(starts) if e is episode]
+        length = min(episode["end"] - episode["start"], args.eval_steps)
+        recorded = data.raw_action[episode["start"] : episode["start"] + length]
+        # the action before each chunk; before the first there is none yet
+        held = [data.raw_action[starts[i][1] - 1] if n else mean_action for n, i in enumerate(mine)]
+        results.append(
+            episode
+            | {
+                "instruction": data.instructions[data.text[episode["start"]]],
+                "recorded": recorded,
+                "predicted": np.concatenate(raw[mine])[:length],
+                "hold": np.repeat(held, HORIZON, axis=0)[:length],
+                "mean": np.broadcast_to(mean_action, recorded.shape),
+                "normalized": np.stack(
+                    [np.concatenate(x[mine])[:length, : data.dims] for x in (chunks, truth)], axis=1
+                ),
+            }
+        )
+    return results
+
+
+def open_loop_metrics(results: list[dict], prefix: str) -> dict[str, float]:
+    """Means over episodes, with a 95 % interval of the error and the errors of the two baselines."""
+    mse = np.array([np.mean((r["predicted"] - r["recorded"]) ** 2) for r in results])
+    half = 1.96 * mse.std(ddof=1) / math.sqrt(len(mse)) if len(mse) > 1 else math.nan
+    metrics = {
+        f"{prefix}/mse": mse.mean(),
+        f"{prefix}/mse_low": mse.mean() - half,
+        f"{prefix}/mse_high": mse.mean() + half,
+        f"{prefix}/mse_normalized": np.mean([np.mean(np.diff(r["normalized"], axis=1) ** 2) for r in results]),
+        f"{prefix}/mse_hold_last": np.mean([np.mean((r["hold"] - r["recorded"]) ** 2) for r in results]),
+        f"{prefix}/mse_mean_action": np.mean([np.mean((r["mean"] - r["recorded"]) ** 2) for r in results]),
+        f"{prefix}/max_error": np.mean([np.abs(r["predicted"] - r["recorded"]).max() for r in results]),
+        # eq: smoothness = mean |a^_{i+1} - a^_i|^2: how much successive predictions jump
+        f"{prefix}/smoothness": np.mean([np.mean(np.diff(r["predicted"], axis=0) ** 2) for r in results]),
+        f"{prefix}/num_trajectories": len(results),
+    }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def raw_names(data: Demonstrations) -> list[str]:
+    """One name per recorded action dim."""
+    names = []
+    for key in data.config.action:
+        width = data.metadata["modalities"]["action"][key]["shape"][0]
+        names += [key] if width == 1 else [f"{key}.{i}" for i in range(width)]
+    return names
+
+
+def open_loop_tables(logger: Logger, step: int, data: Demonstrations, results: list[dict]) -> None:
+    error = [(r["predicted"] - r["recorded"]) ** 2 for r in results]
+    rows = [
+        {
+            "episode": r["episode"], "instruction": r["instruction"], "steps": len(r["recorded"]),
+            "mse": float(e.mean()), "mse_hold_last": float(np.mean((r["hold"] - r["recorded"]) ** 2)),
+            "mse_mean_action": float(np.mean((r["mean"] - r["recorded"]) ** 2)),
+            "max_error": float(np.sqrt(e.max())), "smoothness": float(np.mean(np.diff(r["predicted"], axis=0) ** 2)),
+        }
+        for r, e in zip(results, error)
+    ]  # fmt: skip
+    logger.table("trajectory_results", step, rows)
+    joints = [
+        {"joint": name, "mse": float(np.mean([e[:, i].mean() for e in error]))}
+        for i, name in enumerate(raw_names(data))
+    ]
+    logger.table("per_joint_mse", step, joints)
+
+
+def draw_open_loop(result: dict, names: list[str], path: Path) -> Path:
+    """One panel per joint: recording, prediction, and a dot wherever the policy looked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(len(names), 3)
+    lines = -(-len(names) // columns)
+    fig, axes = plt.subplots(lines, columns, figsize=(4.4 * columns, 1.9 * lines + 0.6), squeeze=False, sharex=True)
+    for i, (ax, name) in enumerate(zip(axes.flat, names)):
+        ax.plot(result["recorded"][:, i], color="0.3", linewidth=1.2, label="recorded")
+        ax.plot(result["predicted"][:, i], color="C1", linewidth=1.2, label="predicted")
+        looks = np.arange(0, len(result["predicted"]), HORIZON)
+        ax.plot(looks, result["predicted"][looks, i], "o", color="C3", markersize=3)
+        ax.set_title(name, fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.grid(alpha=0.3)
+    for ax in axes.flat[len(names) :]:
+        ax.axis("off")
+    axes.flat[0].legend(fontsize=7)
+    mse = np.mean((result["predicted"] - result["recorded"]) ** 2)
+    fig.suptitle(f"episode {result['episode']}: {result['instruction']}; MSE {mse:.4g}", fontsize=9)
+    fig.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    return path
+
+
+# ---- 6. Evaluate: closed loop on Fetch -------------------------------------------------------------------------------
+
+
+def wilson(correct: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson score)."""
+    z, p = 1.96, correct / n
+    center, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return (center - half) / (1 + z**2 / n), (center + half) / (1 + z**2 / n)
+
+
+def closed_loop_off(data: Demonstrations, args: Args) -> str | None:
+    """Why the policy cannot act in the simulator, or None."""
+    from assets.build_fetch_demos import INSTRUCTIONS, STATE
+
+    if unknown := [key for key in data.config.state if key not in STATE]:
+        return f"the state key '{unknown[0]}' is not one of the Fetch demonstrations"
+    if not set(INSTRUCTIONS.values()) & set(data.instructions):
+        return "no instruction of the data set is a Fetch task"
+    return "--no-closed-loop" if args.closed_loop is False else None
+
+
+@torch.no_grad()
+def closed_loop(model: GR00T, data: Demonstrations, env_id: str, args: Args, device: torch.device) -> dict[str, float]:
+    """The policy plays `--closed-loop-episodes` episodes of 50 steps, seeds 0 and up, which no demonstration has.
+
+    Success is that of the last step; `once` counts episodes that were at the goal after any step.
+    """
+    from assets.build_fetch_demos import INSTRUCTIONS, STATE, Camera, slices, state_vector
+
+    model.eval()
+    n, text = args.closed_loop_episodes, data.instructions.index(INSTRUCTIONS[env_id])
+    envs = FetchVec(env_id, n)
+    size = data.metadata["modalities"]["video"][data.config.video[0]]["resolution"][0] if data.config.video else 0
+    camera = Camera(env_id, size) if size else None
+    obs, _ = envs.reset(seed=0)
+    once, final = np.zeros(n, bool), np.zeros(n, bool)
+    for step in range(envs.max_episode_steps):
+        if step % args.execute_steps == 0:
+            vector = state_vector(obs).astype(np.float64)  # (N, 28)
+            raw = {key: vector[:, at["start"] : at["end"]] for key, at in slices(STATE).items()}
+            state = pad(encode("state", raw, data.config, data.metadata), STATE_DIM)
+            frames = []
+            if camera:
+                arrays = envs.get_state()[0]
+                frames = [(camera.draw(p, g)[None], None) for p, g in zip(arrays["physics"], arrays["goal"])]
+            chunks = []
+            for start in range(0, n, args.batch_size):
+                part = slice(start, start + args.batch_size)
+                batch = to_device(data.observation(frames[part], state[part], np.full(len(state[part]), text)), device)
+                rngs = [data.rng(3, step * n + i) for i in range(n)[part]]
+                noise = [rng.standard_normal((HORIZON, ACTION_DIM), dtype=np.float32) for rng in rngs]
+                with autocast(args, device):
+                    noise = torch.from_numpy(np.stack(noise)).to(device)
+                    chunks.append(sample_actions(model, batch, noise, args.denoising_steps).cpu().numpy())
+            actions = np.concatenate(chunks)[..., : data.dims].astype(np.float64)
+            actions = np.concatenate(list(decode_actions(actions, data.config, data.metadata).values()), axis=-1)
+        obs, _, _, dones, infos = envs.step(actions[:, step % args.execute_steps].astype(np.float32))
+        final = infos["final_info"]["is_success"].astype(bool) if dones.all() else infos["is_success"].astype(bool)
+        once |= final
+    envs.close()
+    if camera:
+        camera.close()
+    low, high = wilson(final.sum(), n)
+    task = env_id.removesuffix("-v4")
+    return {
+        f"closed_loop/{task}/success_rate": float(final.mean()),
+        f"closed_loop/{task}/success_rate_low": float(low),
+        f"closed_loop/{task}/success_rate_high": float(high),
+        f"closed_loop/{task}/success_once": float(once.mean()),
+    }
+
+
+# ---- 7. Main ---------------------------------------------------------------------------------------------------------
+
+
+PANELS = {
+    "learning": [
+        ("loss", "step", ["train/loss", "val/loss"]),
+        ("loss against time", "time/elapsed_s", ["train/loss", "val/loss"]),
+        ("validation loss by time of the flow (0: noise)", "step",
+         [f"val/loss_t/{i / TIME_BINS:.2f}-{(i + 1) / TIME_BINS:.2f}" for i in range(TIME_BINS)]),
+    ],
+    "health": [
+        ("gradient norm before clipping", "step", ["train/grad_norm"]),
+        ("learning rate", "step", ["train/learning_rate"]),
+        ("samples / s", "step", ["time/samples_per_s"]),
+    ],
+}  # fmt: skip
+
+
+def saved_args(path: str) -> dict:
+    """The settings of the run that made a checkpoint; empty for checkpoints of other programs."""
+    try:
+        return json.loads((Path(resolve_model_path(path)) / "trainer.json").read_text()).get("args", {})
+    except (OSError, ValueError):
+        return {}
+
+
+def resolve(args: Args) -> Args:
+    """Fills in what depends on the model and, in an evaluation, on the checkpoint."""
+    old = saved_args(args.model_path) if args.eval_only else {}
+    for name in ("dataset_path", "data_config", "embodiment_tag", "val_episodes", "batch_size"):
+        if getattr(args, name) is None and old.get(name) is not None:
+            args = replace(args, **{name: tuple(old[name]) if isinstance(old[name], list) else old[name]})
+    args = replace(
+        args,
+        dataset_path=args.dataset_path or (str(ROOT / "assets" / "fetch_demos"),),
+        embodiment_tag=args.embodiment_tag or "new_embodiment",
+        tune_llm=args.model_path in FRESH if args.tune_llm is None else args.tune_llm,
+        tune_visual=args.model_path in FRESH if args.tune_visual is None else args.tune_visual,
+        amp="bf16" if args.amp == "auto" and torch.cuda.is_available() and args.device != "cpu" else args.amp,
+    )
+    args = replace(args, amp="off" if args.amp == "auto" else args.amp)
+    recipe = RECIPES[args.model_path if args.model_path in RECIPES else "full"]
+    args = replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
+    return replace(args, eval_every=args.max_steps // 5 if args.eval_every is None else args.eval_every)
+
+
+def check(args: Args, world: World) -> None:
+    """What can be wrong with the flags alone."""
+    names = ("max_steps", "batch_size", "gradient_accumulation_steps", "eval_batches", "eval_steps", "log_every",
+             "denoising_steps", "closed_loop_episodes")  # fmt: skip
+    for name in (*names, "prefetch_factor", "lora_alpha"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name in ("lora_rank", "num_workers", "save_steps", "eval_every", "weight_decay", "cache_side", "eval_figures"):
+        if getattr(args, name) < 0:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+    if min(args.denoising_sweep, default=1) < 1:
+        fail("--denoising-sweep: numbers of Euler steps are at least 1")
+    if not 1 <= args.execute_steps <= HORIZON:
+        fail(f"--execute-steps {args.execute_steps}: a predicted chunk has {HORIZON} actions; give 1 to {HORIZON}")
+    parts = world.size * args.gradient_accumulation_steps
+    if args.batch_size % parts:
+        fail(
+            f"--batch-size {args.batch_size} does not divide into {world.size} process(es) x "
+            f"--gradient-accumulation-steps {args.gradient_accumulation_steps}; "
+            f"try --batch-size {max(args.batch_size // parts, 1) * parts}"
+        )
+    if args.learning_rate <= 0 or not 0 <= args.warmup_ratio < 1 or not 0 <= args.lora_dropout < 1:
+        fail("--learning-rate must be positive, --warmup-ratio and --lora-dropout lie in [0, 1)")
+    if args.max_samples is not None and args.max_samples < 1:
+        fail(f"--max-samples {args.max_samples}: must be at least 1")
+    if args.val_episodes is not None and args.val_episodes < 0:
+        fail(f"--val-episodes {args.val_episodes}: must not be negative")
+    if args.lora_rank and args.model_path in FRESH:
+        fail(f"--lora-rank adapts a trained model; {args.model_path} is a fresh one: give --model-path a checkpoint")
+    if args.eval_only and args.model_path in FRESH:
+        fail("--eval-only measures a trained model: give --model-path a run folder or a checkpoint")
+
+
+def read_metadata(path: str) -> dict:
+    """experiment_cfg/metadata.json of a checkpoint: statistics by embodiment tag; empty where there is none."""
+    if path in FRESH:
+        return {}
+    folder = Path(resolve_model_path(path))
+    if not folder.is_dir():
+        from common.gr00t import resolve as resolve_repository
+
+        folder = resolve_repository(path)
+    file = folder / "experiment_cfg" / "metadata.json"
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        fail(f"{file} is not JSON: {error}")
+
+
+def statistics_for(metadata: dict, config: DataConfig, tag: str, where: str) -> dict:
+    """The embodiment's entry of a checkpoint's metadata. A policy without it would act in the wrong units."""
+    if tag not in metadata:
+        have = ", ".join(metadata) or "none"
+        fail(
+            f"checkpoint '{where}' has no statistics for --embodiment-tag {tag} (it has: {have}); evaluate with a tag it "
+            "has, or fine-tune it on your data first"
+        )
+    entry = metadata[tag]
+    for kind in ("state", "action"):
+        for key in getattr(config, kind):
+            wanted = {"min", "max", "mean", "std", "q01", "q99"}
+            if not wanted <= set(entry.get("statistics", {}).get(kind, {}).get(key, {})):
+                fail(f"checkpoint '{where}' has no statistics of {kind}.{key} for {tag}; was another data config used?")
+            if key not in entry.get("modalities", {}).get(kind, {}):
+                fail(f"checkpoint '{where}' does not describe {kind}.{key} for {tag} in its metadata.json")
+    return entry
+
+
+def prepare_data(args: Args, stored: dict, say) -> tuple[Args, list[Episodes], Demonstrations, dict]:
+    """Reads and checks everything but frames. Returns args with the data config named, and the metadata to save."""
+    folders = [find_folder(path) for path in args.dataset_path]
+    info = read_info(folders[0])
+    default = "fetch" if info.get("robot_type") == "fetch" else "fourier_gr1_arms_only"
+    args = replace(args, data_config=args.data_config or default)
+    config = find_data_config(args.data_config, read_modality(folders[0], info, lambda text: None))
+    if args.model_path == "lite" or stored.get("no_images"):
+        config = replace(config, video=())
+    sets = read_mixture(folders, config, args, say)
+    tag = args.embodiment_tag
+    if args.eval_only:
+        metadata = statistics_for(stored["metadata"], config, tag, args.model_path)
+    else:
+        metadata = make_metadata(sets, config, set_weights(sets, args.balance_dataset_weights), tag)
+    data = Demonstrations(sets, config, metadata, EMBODIMENTS[tag], args.seed)
+    return args, sets, data, stored["metadata"] | {tag: metadata}
+
+
+def has_no_images(path: str) -> bool:
+    """Whether a checkpoint is of the lite model."""
+    try:
+        config = json.loads((Path(resolve_model_path(path)) / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(config.get("backbone_cfg", {}).get("instruction_vocab"))
+
+
+def main(args: Args) -> None:
+    stop = StopSignal()
+    world = setup_world(args.device)
+    checkpoint = None
+    if args.resume:
+        free = {"resume", "device", "track", "wandb_mode", "num_workers", "prefetch_factor", "cache_dir"}
+        if given := [k for k, v in asdict(args).items() if k not in free and v != asdict(Args())[k]]:
+            fail(f"--resume continues with the run's own settings; drop --{given[0].replace('_', '-')}")
+        checkpoint = find_checkpoint(args.resume)
+        run_dir = checkpoint.parent.parent
+        args = replace(read_config(run_dir, Args), **{k: getattr(args, k) for k in free})
+    args = resolve(args)
+    check(args, world)
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+    seed_everything(args.seed)
+    # everything about the data that can be wrong is found before a model is loaded or a folder is made
+    stored = {"metadata": read_metadata(args.model_path), "no_images": has_no_images(args.model_path)}
+    notes: list[str] = []
+    args, sets, data, metadata = prepare_data(args, stored, notes.append)
+    if not checkpoint:
+        made = [str(create_run(__file__, args.exp_name, args.seed, args.output_dir))] if world.main else []
+        run_dir = Path(world.gather(made)[0])
+        if world.main:
+            write_config(run_dir, args, world)
+    logger = Logger(
+        run_dir, asdict(args), track=args.track, wandb_mode=args.wandb_mode, tags=args.tags, enabled=world.main
+    )
+    for note in notes:
+        logger.say(note)
+    exit_code = 1  # unless the end is reached
+    try:
+        exit_code = run(args, world, stop, logger, run_dir, checkpoint, sets, data, metadata)
+    finally:
+        logger.finish(exit_code)
+        close_world(world)
+    sys.exit(exit_code)
+
+
+def run(
+    args: Args, world: World, stop, logger, run_dir: Path, checkpoint: Path | None, sets: list[Episodes],
+    data: Demonstrations, metadata: dict,
+) -> int:  # fmt: skip
+    # ---- setup: who trains on what ----
+    device = world.device
+    held_out = [validation_episodes(len(episodes.ids), args.val_episodes) for episodes in sets]
+    val_episodes = [e for e in data.episodes if e["position"] in held_out[e["set"]]]
+    train_episodes = [e for e in data.episodes if e["position"] not in held_out[e["set"]]]
+    rows_of = lambda episodes: np.concatenate([np.arange(e["start"], e["end"]) for e in episodes] or [np.zeros(0, int)])  # noqa: E731
+    train_rows, val_rows = rows_of(train_episodes), rows_of(val_episodes)
+    if args.max_samples and args.max_samples < len(train_rows):
+        train_rows = np.sort(np.random.default_rng(args.seed).choice(train_rows, args.max_samples, replace=False))
+    mean_action = data.raw_action[train_rows].mean(0)
+    if args.eval_only and not val_episodes:
+        fail("--eval-only needs held-out episodes; --val-episodes is 0 or the data set has one episode")
+
+    # ---- setup: model, tokenizer, frames ----
+    source = str(checkpoint) if checkpoint else args.model_path
+    model = load_model(replace(args, model_path=source), device)
+    config = model.config
+    if (config.action_horizon, config.state_dim, config.action_dim) != (HORIZON, STATE_DIM, ACTION_DIM):
+        fail(
+            f"'{source}' has a horizon of {config.action_horizon}, {config.state_dim} state and {config.action_dim} action "
+            f"dims; this script trains {HORIZON}, {STATE_DIM}, {ACTION_DIM}"
+        )
+    model.set_trainable(args.tune_llm, args.tune_visual, args.tune_projector, args.tune_diffusion_model)
+    torch.manual_seed(args.seed)
+    adapters = add_lora(model, args) if args.lora_rank else {}
+    model.gradient_checkpointing(args.gradient_checkpointing)
+    toy = config.instruction_vocab or config.image_token_index == FRESH["tiny"]().image_token_index
+    tokenizer = load_tokenizer(
+        args.tokenizer or (str(ROOT / "assets" / "tiny-qwen2") if toy else "lerobot/eagle2hg-processor-groot-n1p5"),
+        None if config.instruction_vocab else config.image_token_index,
+    )
+    attach_prompts(data, tokenizer, config.tokens_per_image, args.prompt_form)
+    data.beta = (config.noise_beta_alpha, config.noise_beta_beta, config.noise_s)
+    start = time.time()
+    if data.config.video:
+        used = [*val_episodes] if args.eval_only else [*train_episodes, *val_episodes]
+        use = [sorted(e["position"] for e in used if e["set"] == n) for n in range(len(sets))]
+        if world.main:  # the others find it finished
+            attach_frames(data, sets, use, args, config.image_size)
+        world.gather([])
+        attach_frames(data, sets, use, args, config.image_size)
+    cache_s = time.time() - start
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    trainable = sum(p.numel() for p in parameters)
+    total = sum(p.numel() for p in model.parameters())
+    names = action_names(data)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.weight_decay), lr=args.learning_rate, betas=(0.95, 0.999), eps=1e-8
+    )
+    state = {
+        "script": SCRIPT, "args": asdict(args), "rows": len(data.end), "step": 0, "elapsed": 0.0, "train_s": 0.0,
+        "best": None, "base": {}, "last": {},
+    }  # fmt: skip
+
+    def evaluate(prefix: str, steps: int = args.denoising_steps) -> tuple[dict, list[dict]]:
+        """Open loop on the held-out episodes."""
+        chosen = val_episodes[: args.eval_trajs]
+        if not chosen or not world.main:
+            return {}, []
+        results = open_loop(model, data, chosen, mean_action, args, device, steps)
+        return open_loop_metrics(results, prefix), results
+
+    def act() -> dict[str, float]:
+        """Closed loop, where there is a simulator for the data."""
+        fetch_data = args.data_config == "fetch" if args.closed_loop is None else args.closed_loop
+        if not fetch_data or not world.main:
+            return {}
+        if reason := closed_loop_off(data, args):
+            logger.say(f"closed loop is off: {reason}")
+            return {}
+        from assets.build_fetch_demos import INSTRUCTIONS
+
+        found = {}
+        for env_id, instruction in INSTRUCTIONS.items():
+            if instruction in data.instructions:
+                try:
+                    found |= closed_loop(model, data, env_id, args, device)
+                except Exception as error:  # whatever a graphics driver throws must not cost the run its result
+                    if not data.config.video:
+                        raise
+                    logger.say(f"closed loop is off, it needs pictures: {type(error).__name__}: {error}")
+                    return {}
+        return found
+
+    def finish(step: int) -> dict[str, float]:
+        """The whole evaluation: held-out episodes with several numbers of Euler steps, tables, figures, simulator."""
+        metrics, results = evaluate("eval")
+        if results:
+            open_loop_tables(logger, step, data, results)
+            for result in results[: args.eval_figures]:
+                draw_open_loop(result, raw_names(data), run_dir / "open_loop" / f"episode_{result['episode']:06d}.png")
+            for k in args.denoising_sweep:
+                metrics[f"eval/mse_k{k}"] = metrics["eval/mse"]
+                if k != args.denoising_steps:
+                    metrics[f"eval/mse_k{k}"] = evaluate("eval", k)[0]["eval/mse"]
+        metrics |= act()
+        if world.main:
+            logger.table("evaluation_summary", step, [metrics])
+        return metrics
+
+    def report(metrics: dict, base: dict) -> None:
+        if "eval/mse" in metrics:
+            m = {key.removeprefix("eval/"): value for key, value in metrics.items()}
+            before = f"{base['base/mse']:.4g} (untrained on this data) -> " if base else ""
+            logger.say(
+                f"open loop, {m['num_trajectories']:.0f} held-out episodes: MSE {before}{m['mse']:.4g} "
+                f"[{m['mse_low']:.4g}, {m['mse_high']:.4g}]; hold last action {m['mse_hold_last']:.4g} "
+                f"({m['mse_hold_last'] / m['mse']:.1f}x), mean action {m['mse_mean_action']:.4g} "
+                f"({m['mse_mean_action'] / m['mse']:.1f}x); normalised {m['mse_normalized']:.4g}"
+            )
+            sweep = ", ".join(f"{k}: {m[f'mse_k{k}']:.4g}" for k in args.denoising_sweep)
+            logger.say(f"MSE by number of Euler steps: {sweep}")
+        for name, rate in metrics.items():
+            if name.startswith("closed_loop/") and name.endswith("/success_rate"):
+                low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+                task = name.split("/")[1]
+                logger.say(f"closed loop, {task}: {rate:.0%} [{low:.0%}, {high:.0%}] of {args.closed_loop_episodes}")
+
+    def save() -> None:
+        if not world.main:
+            return
+        folder = run_dir / "checkpoints" / f"step-{state['step']:06d}"
+        with atomic_folder(folder) as temporary:
+            with merged(model, adapters):
+                model.save_pretrained(temporary)
+            (temporary / "experiment_cfg").mkdir()
+            (temporary / "experiment_cfg" / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")
+            if adapters:  # what a continued run needs beside the merged weights
+                tensors = {
+                    f"{name}.{part}": tensor.detach().cpu().contiguous()
+                    for name, adapter in adapters.items()
+                    for part, tensor in (("A", adapter.A), ("B", adapter.B), ("weight", adapter.linear.weight))
+                }
+                save_file(tensors, temporary / "lora.safetensors")
+            save_state(temporary, optimizer, state | {"elapsed": logger.elapsed})
+        link(run_dir, "last", folder)
+        if state["best"] and state["best"]["step"] == state["step"]:
+            link(run_dir, "best", folder)
+        prune(run_dir, args.keep)
+
+    if args.eval_only:
+        metrics = (validation_loss(model, data, val_rows, args, device) if world.main else {}) | finish(0)
+        logger.log(0, metrics)
+        report(metrics, {})
+        logger.say(f"evaluated {args.model_path}; {run_dir}")
+        return 0
+
+    if checkpoint:
+        if adapters:
+            tensors = load_file(checkpoint / "lora.safetensors")
+            with torch.no_grad():
+                for name, adapter in adapters.items():
+                    for part, to in (("A", adapter.A), ("B", adapter.B), ("weight", adapter.linear.weight)):
+                        to.copy_(tensors[f"{name}.{part}"])
+        saved = load_state(checkpoint, optimizer, SCRIPT)
+        if saved["rows"] != state["rows"]:
+            fail(
+                f"the data has {state['rows']} rows, the run to continue had {saved['rows']}; --resume needs the same data"
+            )
+        state.update({key: saved[key] for key in state if key != "args"})
+        logger.truncate(state["step"], state["elapsed"])
+        logger.say(f"resuming {run_dir} after step {state['step']}")
+    else:
+        logger.say(
+            f"{', '.join(str(e.path.name) for e in sets)} as {args.data_config}/{args.embodiment_tag}: "
+            f"{len(train_rows):,} of {len(data.end):,} frames to train on, {len(val_episodes)} episodes held out, "
+            f"{len(data.config.video)} camera(s) cached in {cache_s:.1f} s, {data.dims} action dims\n"
+            f"{args.model_path}: {trainable:,} of {total:,} parameters train; batch {args.batch_size} = {world.size} "
+            f"process(es) x {args.gradient_accumulation_steps} micro-batch(es) x "
+            f"{args.batch_size // world.size // args.gradient_accumulation_steps}, {args.max_steps} steps = "
+            f"{args.max_steps * args.batch_size / len(train_rows):.1f} epochs, lr {args.learning_rate:g}, amp {args.amp}; "
+            f"log {run_dir}"
+        )
+        state["base"], _ = evaluate("base")
+        first = validation_loss(model, data, val_rows, args, device) if world.main and len(val_rows) else {}
+        logger.log(0, state["base"] | first)
+    order = Order(data, train_rows, set_weights(sets, args.balance_dataset_weights), args)
+    workers = {"num_workers": args.num_workers}
+    if args.num_workers:
+        workers |= {"prefetch_factor": args.prefetch_factor, "worker_init_fn": one_thread}
+    loader = DataLoader(
+        data, sampler=plans(order, data, args, world, state["step"] + 1), batch_size=None,
+        pin_memory=device.type == "cuda", **workers,
+    )  # fmt: skip
+    batches = iter(loader)
+    tally, mark, waited = Tally(device), time.time(), 0.0
+    logger.progress(args.max_steps, state["step"])
+
+    # ---- the loop ----
+    for step in range(state["step"] + 1, args.max_steps + 1):
+        # dropout: a stream per step and process, so that a run can go on anywhere
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, step, world.rank]).generate_state(1)[0]))
+        set_training(model, adapters)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+
+        # ---- 1. gradients of the batch, micro-batch by micro-batch ----
+        for _ in range(args.gradient_accumulation_steps):
+            start = time.time()
+            batch = to_device(next(batches), device)
+            waited += time.time() - start
+            with autocast(args, device):
+                error, t = velocity_error(model, batch, batch["noise"], batch["t"])
+            # eq: L = sum_m (B_m / B) L_m: every sample has the same number of valid entries
+            loss = masked_mean(error, batch["action_mask"]) * (len(t) / args.batch_size)
+            loss.backward()
+            tally.add(error, batch["action_mask"], t)
+        if world.size > 1:
+            sum_gradients(world, parameters)
+
+        # ---- 2. update ----
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state["step"] = step
+
+        # ---- 3. log, evaluate, save, stop ----
+        ending = step == args.max_steps
+        metrics: dict = {}
+        if ending or step % args.log_every == 0:
+            seconds = time.time() - mark
+            state["train_s"] += seconds
+            since = step % args.log_every or args.log_every
+            metrics = tally.metrics("train", names, world) | {
+                "train/grad_norm": grad_norm.item(),
+                "train/learning_rate": optimizer.param_groups[0]["lr"],
+                "train/epoch": step * args.batch_size / len(train_rows),
+                "time/samples_per_s": since * args.batch_size / seconds,
+                "time/waiting_for_data": waited / seconds,
+                "time/train_s": state["train_s"],
+            }
+            if not math.isfinite(metrics["train/loss"]):
+                logger.log(step, metrics)
+                logger.say(f"step {step}: the loss is not finite; lower --learning-rate, or look at the data")
+                return 1
+            if device.type == "cuda":
+                metrics["time/memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        if ending or (args.eval_every and step % args.eval_every == 0):
+            if world.main and len(val_rows):
+                metrics |= validation_loss(model, data, val_rows, args, device)
+                state["last"]["val/loss"] = metrics["val/loss"]
+                if state["best"] is None or metrics["val/loss"] < state["best"]["loss"]:
+                    state["best"] = {"loss": metrics["val/loss"], "step": step}
+        stopped = any(world.gather([stop.number is not None]))
+        is_best = state["best"] is not None and state["best"]["step"] == step
+        if stopped or ending or is_best or (args.save_steps and step % args.save_steps == 0):
+            save()
+        if ending:
+            metrics |= finish(step)
+        if metrics:
+            logger.log(step, metrics)
+        logger.advance(loss=metrics.get("train/loss"), val=state["last"].get("val/loss"))
+        if stopped and not ending:
+            logger.say(f"stopped at step {step}; continue with: uv run python {SCRIPT}.py --resume {run_dir}")
+            return stop.exit_code
+        if metrics:
+            mark, waited = time.time(), 0.0
+
+    # ---- the end: what came out of it, and where it is ----
+    if world.main:
+        logger.finish()  # closes the bar
+        caption = plot.caption_of([run_dir])
+        figures = [plot.figure([run_dir], panels, run_dir / f"{name}.png", caption) for name, panels in PANELS.items()]
+        report(metrics, state["base"])
+        print(
+            f"{args.max_steps} steps in {state['train_s']:.1f} s of training, {logger.elapsed:.0f} s in all; validation "
+            f"loss {state['last'].get('val/loss', math.nan):.4f}\n"
+            f"figures {', '.join(str(f) for f in figures)}, {run_dir}/open_loop; model {run_dir}/best"
+        )
+    return 0
+
+
+def one_thread(worker: int) -> None:
+    torch.set_num_threads(1)  # the workers are the parallelism
+
+
+if __name__ == "__main__":
+    main(parse(Args, __doc__))
