@@ -19,7 +19,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common.gr00t import EAGLE, EMBED, GR00T, LM_HEAD, ActionHead, EagleBackbone, GR00TConfig, cos_sin, group_of
+from common.gr00t import (
+    EAGLE,
+    EMBED,
+    GR00T,
+    LM_HEAD,
+    ActionHead,
+    AdaLayerNorm,
+    DiT,
+    EagleBackbone,
+    GR00TConfig,
+    cos_sin,
+    group_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT.parent / "shared" / "data" / "gr00t_parity"
@@ -241,7 +253,7 @@ def golden_batch(lengths=(12, 9, 12)):
         "action_mask": action_mask,
         "embodiment_id": torch.tensor([4, 0, 2]),
         "noise": normal(3, 8, 6),
-        "t": torch.tensor([0.9, -0.0005, 0.3]),
+        "t": torch.tensor([0.8996, -0.0005, 0.3]),  # buckets 899 and 0: toward zero
         "initial_noise": normal(3, 8, 6),
     }
 
@@ -257,14 +269,14 @@ GOLDEN = {
         "v_pred": [0.447566, -0.2001629, -0.4891261, -0.2156602],
         "actions 4": [0.9026759, -1.4997263, 0.321842, 1.4369755],
         "actions 8": [-0.7152942, -0.4667151, -0.8428789, 0.4093898],
-        "loss": 2.0898099,
-        "grad vision": 1.7185134,
-        "grad mlp1": 0.7991353,
-        "grad text": 2.2655747,
-        "grad dit": 2.5305239,
-        "grad vl": 1.1037384,
-        "grad state": 0.078227,
-        "grad action": 0.691211,
+        "loss": 2.0893257,
+        "grad vision": 1.7395298,
+        "grad mlp1": 0.8138706,
+        "grad text": 2.2958386,
+        "grad dit": 2.6062831,
+        "grad vl": 1.1299228,
+        "grad state": 0.0787435,
+        "grad action": 0.7038277,
     },
     "masked": {
         "features": [-0.92294, 0.8597389, 0.6750856, -2.656198],
@@ -272,14 +284,14 @@ GOLDEN = {
         "v_pred": [0.4956143, -0.1041038, -0.4390851, -0.5041658],
         "actions 4": [0.9026759, -1.4997263, 0.321842, 1.4369755],
         "actions 8": [-0.7152942, -0.4667151, -0.8428789, 0.4093898],
-        "loss": 2.0965264,
-        "grad vision": 1.9001515,
-        "grad mlp1": 0.9233399,
-        "grad text": 2.508905,
-        "grad dit": 2.7068385,
-        "grad vl": 1.2485146,
-        "grad state": 0.0794657,
-        "grad action": 0.6860199,
+        "loss": 2.0960419,
+        "grad vision": 1.920992,
+        "grad mlp1": 0.9387458,
+        "grad text": 2.5375178,
+        "grad dit": 2.7749638,
+        "grad vl": 1.2694077,
+        "grad state": 0.0799743,
+        "grad action": 0.6987303,
     },
 }
 
@@ -308,6 +320,24 @@ def test_golden_values_of_a_whole_tiny_model_with_a_padded_batch(mask_padding):
     for name, values in expected.items():
         near = 1e-5 if name == "loss" else 1e-4
         assert found[name] == pytest.approx(values, rel=near, abs=near), name
+
+
+def test_layer_norms_add_the_originals_epsilon():
+    """1e-5 in the head, 1e-6 before its output and in the vision tower: it counts where activations are small."""
+    config = GR00TConfig.tiny(image_size=16, dit_layers=0)
+    dit = DiT(config)
+    torch.nn.init.zeros_(dit.proj_out_1.weight), torch.nn.init.zeros_(dit.proj_out_1.bias)
+    torch.nn.init.eye_(dit.proj_out_2.weight), torch.nn.init.zeros_(dit.proj_out_2.bias)
+    adaptive = AdaLayerNorm(64)
+    torch.nn.init.zeros_(adaptive.linear.weight), torch.nn.init.zeros_(adaptive.linear.bias)
+    x = torch.tensor([1e-3, -1e-3] * 32)[None, None]  # variance 1e-6
+    assert dit(x, None, torch.tensor([5]), None)[0, 0, 0].item() == pytest.approx(1e-3 / math.sqrt(2e-6), rel=1e-5)
+    assert adaptive(x, torch.zeros(1, 64))[0, 0, 0].item() == pytest.approx(1e-3 / math.sqrt(1.1e-5), rel=1e-5)
+    model = golden_model()
+    norms = {name: m.eps for name, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    assert {eps for name, eps in norms.items() if name.startswith("backbone.")} == {1e-6}
+    assert {eps for name, eps in norms.items() if name.startswith("action_head.")} == {1e-5}
+    assert model.backbone.text.norm.variance_epsilon == 1e-6
 
 
 def test_time_features_are_the_originals():
