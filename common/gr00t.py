@@ -682,11 +682,17 @@ class GR00T(nn.Module):
         return model.eval()
 
     @torch.no_grad()
-    def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
-        """Writes config.json, eagle_config.json unless its sizes are the published ones, and model*.safetensors."""
+    def save_pretrained(
+        self, folder: str | Path, state: dict[str, Tensor] | None = None, max_shard_bytes: int = 5_000_000_000
+    ) -> None:
+        """Writes config.json, eagle_config.json unless its sizes are the published ones, and model*.safetensors.
+
+        `state` replaces `self.state_dict()` where a script has added to the modules (LoRA); any other names or shapes
+        than those of the configuration raise ValueError, for no loader would take such a file.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = self.state_dict()
+        state = dict(self.state_dict() if state is None else state)
         for name, shape in self.carried_shapes().items():
             if name in self.carried:
                 state[name] = self.carried[name]
@@ -694,6 +700,11 @@ class GR00T(nn.Module):
                 state[name] = state[EMBED].clone()
             else:
                 state[name] = torch.zeros(shape, dtype=state[EMBED].dtype)
+        with torch.device("meta"):
+            layout = GR00T(self.config).layout()
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if wrong := sorted({name for name, _ in layout.items() ^ shapes.items()}):
+            raise ValueError(f"not the tensors of a GR00T checkpoint: {', '.join(wrong)}")
         config = self.config.to_json() | {"torch_dtype": str(next(self.parameters()).dtype).removeprefix("torch.")}
         write_json(folder / "config.json", config)
         if not self.config.instruction_vocab and self.config.eagle != EAGLE:

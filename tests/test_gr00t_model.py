@@ -667,6 +667,16 @@ def test_another_horizon_keeps_every_weight(sound_folder, tmp_path, capsys):
     assert "more than the 64 positions" in capsys.readouterr().err
 
 
+def test_what_no_loader_would_take_is_not_written(sound_folder, tmp_path):
+    model = GR00T.from_pretrained(sound_folder)
+    model.action_head.vlln.register_parameter("lora", torch.nn.Parameter(torch.zeros(2)))
+    with pytest.raises(ValueError, match="action_head.vlln.lora"):
+        model.save_pretrained(tmp_path)
+    state = {name: tensor for name, tensor in model.state_dict().items() if "lora" not in name}
+    model.save_pretrained(tmp_path, state)
+    assert contents(tmp_path) == contents(sound_folder)
+
+
 def test_unused_tensors_take_no_room_on_the_device_and_are_not_trained(sound_folder):
     model = GR00T.from_pretrained(sound_folder)
     assert model.carried.keys() == model.carried_shapes().keys()
