@@ -22,6 +22,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from ctypes.util import find_library
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class Args:
     tail: int = 16
     """steps kept after the success, the goal being held, 1 to 50"""
     video: bool = True
-    """record the front camera (needs EGL or OSMesa)"""
+    """record the front camera (needs EGL or OSMesa); most of the time a recording takes"""
     size: int = 96
     """height and width of the video in pixels, even"""
     verify: int = 200
@@ -68,6 +69,9 @@ INSTRUCTIONS = {
     "FetchPush-v4": "push the block to the target",
     "FetchPickAndPlace-v4": "pick up the block and move it to the target",
 }
+# The whole simulator state that gymnasium shows, from which a training script takes the parts it wants. The experts do
+# not look at the block's rotation and velocities: from 120 episodes, an MLP that sees them too ends 50-56 % of Push
+# episodes at the goal, one that does not 72-86 % (three seeds of 100 episodes; the other tasks 97 % or more).
 STATE = {  # observation.state, in this order: metres, metres per step, radians, radians per step
     "gripper_position": 3,
     "gripper_velocity": 3,
@@ -221,13 +225,16 @@ def rollout(env_id: str, seeds: list[int], noise: float, vec: FetchVec | None = 
 def demonstrations(env_id: str, first_seed: int, noise: float, tail: int, batch: int) -> Iterator[dict]:
     """Successful episodes, each cut `tail` steps after the goal was reached for good, without end."""
     vec = FetchVec(env_id, batch, num_threads=1, max_episode_steps=STEPS + 1)
-    while True:
+    found, last_try = False, first_seed + 200
+    while found or first_seed < last_try:
         for episode in rollout(env_id, list(range(first_seed, first_seed + batch)), noise, vec):
             if episode["solved"] is not None:
                 length = min(episode["solved"] + tail, STEPS)
                 cut = {key: episode[key][:length] for key in ("state", "action", "distance", "physics")}
                 yield episode | cut | {"env_id": env_id}
+                found = True
         first_seed += batch
+    fail(f"200 episodes of {env_id} and not one ends at the goal; is --noise {noise:g} too much? 0.05 is fine")
 
 
 class Camera:
@@ -235,7 +242,13 @@ class Camera:
 
     def __init__(self, env_id: str, size: int):
         if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ and sys.platform == "linux":
-            os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = "egl"
+            found = next((name for name in ("EGL", "OSMesa") if find_library(name)), None)
+            if found is None:
+                fail(
+                    "no pictures without EGL or OSMesa (Debian: apt-get install libegl1 libgl1 libgl1-mesa-dri); "
+                    "--no-video records the rest"
+                )
+            os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = found.lower()
         import_robotics()
         self.env = gym.make(env_id, render_mode="rgb_array", width=size, height=size, default_camera_config=VIEW)
         self.env.reset(seed=0)
@@ -418,7 +431,8 @@ Made with MuJoCo {mujoco.__version__} by
 
     {" ".join(f"uv run python assets/build_fetch_demos.py {flags}".split())}
 
-which writes the same parquet files every time; its docstring tells what the expert does. Noise of standard deviation
+which writes the same parquet files every time (the videos differ in a few pixels, as the renderer does from run to run);
+its docstring tells what the expert does. Noise of standard deviation
 {args.noise:g} is added to the displacements before they are executed and recorded. Only successful episodes are kept:
 the goal is reached within {STEPS} steps and not left again. Each ends {args.tail} steps after that, or at step {STEPS}.
 Tasks take turns, so any run of neighbouring episodes holds all of them.
@@ -456,6 +470,8 @@ def main(args: Args) -> None:
         fail(f"no expert for {', '.join(unknown)}; there are {', '.join(EXPERTS)}")
     if args.episodes < 1 or not args.tasks or len(set(args.tasks)) < len(args.tasks):
         fail("nothing to record, or a task twice: --episodes is at least 1, --tasks a list of different environments")
+    if args.noise < 0 or args.verify < 0:
+        fail(f"--noise {args.noise:g}, --verify {args.verify}: neither can be below 0")
     if args.size < 16 or args.size % 2:
         fail(f"--size {args.size}: H.264 needs an even number of pixels, 16 or more")
     if not 1 <= args.tail <= STEPS:

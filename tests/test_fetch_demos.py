@@ -201,7 +201,8 @@ def test_same_command_same_bytes_and_the_bundled_episodes(tmp_path):
     assert info["total_videos"] == 0 and demos.CAMERA not in info["features"]
 
 
-def test_bad_flags_end_in_one_line(tmp_path, capsys):
+def test_bad_flags_end_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(demos.EXPERTS, "FetchReach-v4", lambda obs: np.ones((len(obs["observation"]), 4)))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     cases = {
@@ -209,6 +210,8 @@ def test_bad_flags_end_in_one_line(tmp_path, capsys):
         "--episodes": dict(episodes=0),
         "--size 33": dict(size=33),
         "--tail 0": dict(tail=0),
+        "--noise -1": dict(noise=-1.0),
+        "not one ends at the goal": dict(tasks=("FetchReach-v4",), verify=0, video=False),
         "no data set": dict(out=str(tmp_path / "mine")),
     }
     for words, flags in cases.items():
@@ -216,7 +219,7 @@ def test_bad_flags_end_in_one_line(tmp_path, capsys):
             demos.main(demos.Args(**{"out": str(tmp_path / "new"), **flags}))
         message = capsys.readouterr().err
         assert stop.value.code == 2 and message.count("\n") == 1 and words in message, message
-    assert (tmp_path / "mine" / "thesis.tex").exists() and not (tmp_path / "new").exists()
+    assert (tmp_path / "mine" / "thesis.tex").is_file() and not (tmp_path / "new").exists()
 
 
 def test_camera_draws_what_the_environment_would(tmp_path):
