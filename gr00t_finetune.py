@@ -136,10 +136,10 @@ class Args:
     """tiny, lite, a folder in the published layout, a run folder, or a hub id such as nvidia/GR00T-N1.5-3B"""
     tokenizer: str | None = None
     """folder or hub id of the tokenizer; default: bundled for tiny and lite, lerobot/eagle2hg-processor-groot-n1p5"""
-    tune_llm: bool | None = None
-    """train the language model (lite: its table of instruction tokens); default: only of a fresh tiny or lite model"""
-    tune_visual: bool | None = None
-    """train the vision tower and its connector; default: only of a fresh tiny model"""
+    tune_llm: bool = False
+    """train the language model (lite: its table of instruction tokens); of a fresh tiny or lite model always"""
+    tune_visual: bool = False
+    """train the vision tower and its connector; of a fresh tiny model always"""
     tune_projector: bool = True
     """train the embodiment layers: state encoder, action encoder, action decoder, position table"""
     tune_diffusion_model: bool = True
@@ -198,8 +198,8 @@ class Args:
     """Euler steps K of the policy"""
     denoising_sweep: tuple[int, ...] = (1, 2, 4, 8)
     """other numbers of Euler steps to measure at the end"""
-    closed_loop: bool | None = None
-    """let the policy act in the Fetch simulator; default: with the fetch data config"""
+    closed_loop: bool = True
+    """let the policy act in the Fetch simulator, where the data is of it"""
     closed_loop_episodes: int = 100
     """episodes of each task, always the same ones"""
     execute_steps: int = 8
@@ -480,6 +480,8 @@ def load_tokenizer(source: str, image_token_id: int | None):
 
     try:
         tokenizer = Qwen2Tokenizer.from_pretrained(source)
+        if len(tokenizer) < 256:  # nothing found makes an empty one
+            raise ValueError("it has no vocabulary, or the hub cannot be reached")
     except Exception as error:  # offline, no such repository, no vocabulary in the folder
         reason = str(error).splitlines()[0]
         fail(
@@ -723,8 +725,13 @@ def load_model(args: Args, device: torch.device) -> GR00T:
     """Fresh (tiny, lite) or from files. What is frozen is stored in bf16 where autocast computes in bf16 anyway."""
     if args.model_path in FRESH:
         torch.manual_seed(args.seed)
-        config = FRESH[args.model_path](mask_padding=args.mask_padding)
-        return GR00T(config, args.attn_implementation).to(device)
+        model = GR00T(FRESH[args.model_path](mask_padding=args.mask_padding), args.attn_implementation)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # the embodiment layers' 0.02 suits rows of 2,500; at toy width it would all but silence the state
+                if name.endswith(".W"):
+                    parameter.mul_(1 / (0.02 * math.sqrt(parameter.shape[1])))
+        return model.to(device)
     folder = resolve_model_path(args.model_path)
     tuned = args.tune_llm or args.tune_visual
     return GR00T.from_pretrained(
@@ -779,7 +786,8 @@ def add_lora(model: GR00T, args: Args) -> dict[str, LoRALinear]:
     adapters = {}
     for name in chosen:
         parent, _, child = name.rpartition(".")
-        adapters[name] = LoRALinear(model.get_submodule(name), args.lora_rank, args.lora_alpha, args.lora_dropout)
+        linear = model.get_submodule(name)
+        adapters[name] = LoRALinear(linear, args.lora_rank, args.lora_alpha, args.lora_dropout).train(linear.training)
         setattr(model.get_submodule(parent), child, adapters[name])
     return adapters
 
@@ -1132,17 +1140,6 @@ def wilson(correct: float, n: int) -> tuple[float, float]:
     return (center - half) / (1 + z**2 / n), (center + half) / (1 + z**2 / n)
 
 
-def closed_loop_off(data: Demonstrations, args: Args) -> str | None:
-    """Why the policy cannot act in the simulator, or None."""
-    from assets.build_fetch_demos import INSTRUCTIONS, STATE
-
-    if unknown := [key for key in data.config.state if key not in STATE]:
-        return f"the state key '{unknown[0]}' is not one of the Fetch demonstrations"
-    if not set(INSTRUCTIONS.values()) & set(data.instructions):
-        return "no instruction of the data set is a Fetch task"
-    return "--no-closed-loop" if args.closed_loop is False else None
-
-
 @torch.no_grad()
 def closed_loop(model: GR00T, data: Demonstrations, env_id: str, args: Args, device: torch.device) -> dict[str, float]:
     """The policy plays `--closed-loop-episodes` episodes of 50 steps, seeds 0 and up, which no demonstration has.
@@ -1230,8 +1227,8 @@ def resolve(args: Args) -> Args:
         args,
         dataset_path=args.dataset_path or (str(ROOT / "assets" / "fetch_demos"),),
         embodiment_tag=args.embodiment_tag or "new_embodiment",
-        tune_llm=args.model_path in FRESH if args.tune_llm is None else args.tune_llm,
-        tune_visual=args.model_path in FRESH if args.tune_visual is None else args.tune_visual,
+        tune_llm=args.tune_llm or args.model_path in FRESH,  # nothing random stays as it is
+        tune_visual=args.tune_visual or args.model_path in FRESH,
         amp="bf16" if args.amp == "auto" and torch.cuda.is_available() and args.device != "cpu" else args.amp,
     )
     args = replace(args, amp="off" if args.amp == "auto" else args.amp)
@@ -1430,8 +1427,9 @@ def run(
     )
     state = {
         "script": SCRIPT, "args": asdict(args), "rows": len(data.end), "step": 0, "elapsed": 0.0, "train_s": 0.0,
-        "best": None, "base": {}, "last": {},
+        "best": None, "base": {}, "last": {}, "tally": None,
     }  # fmt: skip
+    tally = Tally(device)
 
     def evaluate(prefix: str, steps: int = args.denoising_steps) -> tuple[dict, list[dict]]:
         """Open loop on the held-out episodes."""
@@ -1443,11 +1441,7 @@ def run(
 
     def act() -> dict[str, float]:
         """Closed loop, where there is a simulator for the data."""
-        fetch_data = args.data_config == "fetch" if args.closed_loop is None else args.closed_loop
-        if not fetch_data or not world.main:
-            return {}
-        if reason := closed_loop_off(data, args):
-            logger.say(f"closed loop is off: {reason}")
+        if not args.closed_loop or args.data_config != "fetch" or not world.main:
             return {}
         from assets.build_fetch_demos import INSTRUCTIONS
 
@@ -1498,6 +1492,9 @@ def run(
                 logger.say(f"closed loop, {task}: {rate:.0%} [{low:.0%}, {high:.0%}] of {args.closed_loop_episodes}")
 
     def save() -> None:
+        sums = [tally.bins.clone(), tally.dims.clone()]
+        world.all_sum(sums)
+        state["tally"] = [x.tolist() for x in sums]
         if not world.main:
             return
         folder = run_dir / "checkpoints" / f"step-{state['step']:06d}"
@@ -1539,6 +1536,9 @@ def run(
                 f"the data has {state['rows']} rows, the run to continue had {saved['rows']}; --resume needs the same data"
             )
         state.update({key: saved[key] for key in state if key != "args"})
+        if world.main:  # what was summed up since the last line of metrics
+            tally.bins.copy_(torch.tensor(state["tally"][0]))
+            tally.dims.copy_(torch.tensor(state["tally"][1]))
         logger.truncate(state["step"], state["elapsed"])
         logger.say(f"resuming {run_dir} after step {state['step']}")
     else:
@@ -1564,7 +1564,7 @@ def run(
         pin_memory=device.type == "cuda", **workers,
     )  # fmt: skip
     batches = iter(loader)
-    tally, mark, waited = Tally(device), time.time(), 0.0
+    mark, waited = time.time(), 0.0
     logger.progress(args.max_steps, state["step"])
 
     # ---- the loop ----
