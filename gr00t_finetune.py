@@ -28,6 +28,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -208,7 +209,7 @@ class Args:
 
 # What differs by model size where a flag is not given.
 RECIPES = {
-    "tiny": dict(max_steps=600, batch_size=32, learning_rate=1e-3),
+    "tiny": dict(max_steps=800, batch_size=32, learning_rate=1e-3),
     "lite": dict(max_steps=2000, batch_size=64, learning_rate=1e-3),
     "full": dict(max_steps=10_000, batch_size=32, learning_rate=1e-4),
 }
@@ -728,9 +729,11 @@ def load_model(args: Args, device: torch.device) -> GR00T:
         model = GR00T(FRESH[args.model_path](mask_padding=args.mask_padding), args.attn_implementation)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                # the embodiment layers' 0.02 suits rows of 2,500; at toy width it would all but silence the state
+                # 0.02 suits rows of 2,500 numbers; at toy width it would all but silence state and positions
                 if name.endswith(".W"):
                     parameter.mul_(1 / (0.02 * math.sqrt(parameter.shape[1])))
+                elif name.endswith(("position_embedding.weight", "future_tokens.weight")):
+                    parameter.mul_(0.5 / 0.02)
         return model.to(device)
     folder = resolve_model_path(args.model_path)
     tuned = args.tune_llm or args.tune_visual
@@ -743,7 +746,7 @@ def load_model(args: Args, device: torch.device) -> GR00T:
     )
 
 
-FRESH = {"tiny": GR00TConfig.tiny, "lite": GR00TConfig.lite}
+FRESH = {"tiny": partial(GR00TConfig.tiny, patch_size=16), "lite": GR00TConfig.lite}  # 16 tokens a picture
 
 
 class LoRALinear(nn.Module):
