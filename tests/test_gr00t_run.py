@@ -1,7 +1,10 @@
 """gr00t_finetune.py: loss and sampler, what trains, and whole runs on the bundled demonstrations."""
 
 import json
+import os
+import shutil
 import signal
+import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -239,7 +242,7 @@ def test_merged_adapters_compute_the_same_and_leave_no_trace(full, targets):
         assert set(model.state_dict()) == set(before)  # the layout that every loader knows
         assert any(not torch.equal(p, before[name]) for name, p in model.state_dict().items())
         merged = flow_matching_loss(model, batch, batch["noise"], batch["t"])
-    assert torch.allclose(merged, adapted, rtol=1e-5) and not torch.allclose(plain, adapted, rtol=1e-4)
+    assert (merged - adapted).abs() < 0.02 * (plain - adapted).abs()
     assert torch.equal(flow_matching_loss(model, batch, batch["noise"], batch["t"]), adapted)
     for name, adapter in adapters.items():
         assert torch.equal(adapter.linear.weight, before[f"{name}.weight"])
@@ -395,7 +398,6 @@ def test_resume_is_bit_exact(run, flags):
     _, whole = run(**QUICK, **flags)
     cut = whole.with_name("cut")
     whole_weights = whole / "checkpoints/step-000006"
-    import shutil
 
     shutil.copytree(whole, cut, symlinks=True)
     shutil.rmtree(cut / "checkpoints/step-000006")
@@ -424,7 +426,6 @@ def test_adapters_train_resume_and_leave_a_whole_model(run, tmp_path):
     flags = QUICK | dict(model_path=str(base.resolve()), lora_rank=4, warmup_ratio=0.0)
     code, whole = run(**flags)
     assert code == 0
-    import shutil
 
     cut = whole.with_name("cut")
     shutil.copytree(whole, cut, symlinks=True)
@@ -540,3 +541,30 @@ def test_recipes_fill_in_by_model_size():
     assert tiny.tune_llm and tiny.tune_visual and not full.tune_llm and not full.tune_visual
     assert (full.max_steps, full.batch_size, full.learning_rate) == (10_000, 32, 1e-4) and full.amp == "off"
     assert replace(full).embodiment_tag == "new_embodiment"
+
+
+def test_two_processes_agree_with_one(tmp_path):
+    """torchrun with gloo: the flags name the global batch, so the numbers are those of one process up to rounding."""
+    flags = QUICK | dict(max_steps=3, log_every=1, eval_every=0, save_steps=0, warmup_ratio=0.0)
+    words = []
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        words += [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+    rows = []
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        launch = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(size),
+            "--master-port",
+            str(29600 + os.getpid() % 300),
+        ]
+        command = [sys.executable, *(launch if size > 1 else []), "gr00t_finetune.py", *words, "--output-dir", str(out)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        (folder,) = (out / "gr00t_finetune").iterdir()
+        rows.append(metrics_of(folder)[-1])
+    for name in ("train/loss", "train/grad_norm", "val/loss", "eval/mse"):
+        assert abs(rows[0][name] - rows[1][name]) < 1e-5 * abs(rows[0][name]), name
