@@ -1408,7 +1408,8 @@ def run(
     model.set_trainable(args.tune_llm, args.tune_visual, args.tune_projector, args.tune_diffusion_model)
     torch.manual_seed(args.seed)
     adapters = add_lora(model, args) if args.lora_rank else {}
-    model.gradient_checkpointing(args.gradient_checkpointing)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing(True)
     toy = config.instruction_vocab or config.image_token_index == FRESH["tiny"]().image_token_index
     tokenizer = load_tokenizer(
         args.tokenizer or (str(ROOT / "assets" / "tiny-qwen2") if toy else "lerobot/eagle2hg-processor-groot-n1p5"),
