@@ -9,12 +9,17 @@ import sys
 import pytest
 from conftest import ROOT
 
+import gr00t_finetune
 import grpo_arithmetic
 import ppo_fetch
 from common.run import parse
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = {"grpo_arithmetic.py": grpo_arithmetic, "ppo_fetch.py": ppo_fetch}
+SCRIPTS = {
+    "grpo_arithmetic.py": grpo_arithmetic,
+    "ppo_fetch.py": ppo_fetch,
+    "gr00t_finetune.py": gr00t_finetune,
+}
 
 
 def commands():

@@ -1,0 +1,153 @@
+"""Which cameras, joint groups and instruction of a data set the model sees, robot by robot, and in which units.
+
+The entries are those published with GR00T N1.5, plus "fetch" for assets/fetch_demos. A robot of your own: an object of
+this class in a module of yours, `--data-config my_module:MY_CONFIG`.
+"""
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass, field
+
+from common.run import fail
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model sees of a data set, in this order. Keys are those of meta/modality.json.
+
+    state, action: key -> min_max | q99 | mean_std | binary | scale | sin_cos (state only) | None: as recorded.
+    rotations: "state.<key>" or "action.<key>" -> rotation_6d, axis_angle, quaternion, matrix or euler_angles_rpy.
+    Observations are those of the current row, actions those of the current and the following 15 rows.
+    """
+
+    video: tuple[str, ...]
+    state: dict[str, str | None]
+    action: dict[str, str | None]
+    language: str
+    rotations: dict[str, str] = field(default_factory=dict)
+
+
+def modes(mode: str | None, *keys: str) -> dict[str, str | None]:
+    return dict.fromkeys(keys, mode)
+
+
+TASK = "human.action.task_description"
+ARMS = ("left_arm", "right_arm", "left_hand", "right_hand")
+SO100 = modes("min_max", "single_arm", "gripper")
+GENIE = ("left_arm_joint_position", "right_arm_joint_position", "left_effector_position", "right_effector_position",
+         "head_position", "waist_position")  # fmt: skip
+
+
+def bimanual(view: str, hand: str, close: str, state_mode: str, action_mode: str) -> DataConfig:
+    """Two Panda arms: end effectors as position and quaternion, the hand's keys differ."""
+    state, action = {}, {}
+    for side in ("right", "left"):
+        state |= {f"{side}_arm_eef_pos": "min_max", f"{side}_arm_eef_quat": None, f"{side}_{hand}": state_mode}
+        action |= {f"{side}_arm_eef_pos": None, f"{side}_arm_eef_rot": None, f"{side}_{close}": action_mode}
+    quaternions = {f"state.{side}_arm_eef_quat": "rotation_6d" for side in ("right", "left")}
+    return DataConfig(("right_wrist_view", "left_wrist_view", view), state, action, TASK, quaternions)
+
+
+DATA_CONFIGS = {
+    "fourier_gr1_arms_only": DataConfig(("ego_view",), modes("sin_cos", *ARMS), modes("min_max", *ARMS), TASK),
+    "fourier_gr1_arms_waist": DataConfig(
+        ("ego_view",), modes("sin_cos", *ARMS, "waist"), modes("min_max", *ARMS, "waist"), "human.coarse_action"
+    ),
+    "fourier_gr1_full_upper_body": DataConfig(
+        ("front_view",), modes("min_max", *ARMS, "waist", "neck"), modes("min_max", *ARMS, "waist", "neck"), TASK
+    ),
+    "so100": DataConfig(("webcam",), SO100, SO100, "human.task_description"),
+    "so100_dualcam": DataConfig(("front", "wrist"), SO100, SO100, "human.task_description"),
+    "unitree_g1": DataConfig(
+        ("rs_view",), modes("min_max", *ARMS), modes("min_max", *ARMS), "human.task_description"
+    ),
+    "unitree_g1_full_body": DataConfig(
+        ("rs_view",),
+        modes("min_max", "left_leg", "right_leg", "waist", *ARMS),
+        modes("min_max", *ARMS),
+        "human.task_description",
+    ),
+    "bimanual_panda_gripper": bimanual("front_view", "gripper_qpos", "gripper_close", "min_max", "binary"),
+    "bimanual_panda_hand": bimanual("ego_view", "hand", "hand", "min_max", "min_max"),
+    "single_panda_gripper": DataConfig(
+        ("left_view", "right_view", "wrist_view"),
+        modes("min_max", "end_effector_position_relative", "end_effector_rotation_relative", "gripper_qpos",
+              "base_position", "base_rotation"),
+        modes("min_max", "end_effector_position", "end_effector_rotation") | {"gripper_close": "binary"}
+        | {"base_motion": "min_max", "control_mode": "binary"},
+        TASK,
+        {"state.end_effector_rotation_relative": "rotation_6d", "state.base_rotation": "rotation_6d"},
+    ),
+    "oxe_droid": DataConfig(
+        ("exterior_image_1", "exterior_image_2", "wrist_image"),
+        {"eef_position": "min_max", "eef_rotation": None, "gripper_position": "min_max"},
+        {"eef_position_delta": None, "eef_rotation_delta": None, "gripper_position": "binary"},
+        "language.language_instruction",
+        {"state.eef_rotation": "rotation_6d", "action.eef_rotation_delta": "axis_angle"},
+    ),
+    "agibot_genie1": DataConfig(
+        ("top_head", "hand_left", "hand_right"), modes("min_max", *GENIE), modes("min_max", *GENIE, "robot_velocity"),
+        "language.action_text",
+    ),
+    "fetch": DataConfig(  # assets/fetch_demos
+        ("front",),
+        modes("min_max", "gripper_position", "gripper_velocity", "fingers", "finger_velocity", "object_relative",
+              "object_rotation", "object_velocity", "object_angular_velocity", "goal", "goal_relative"),
+        modes("min_max", "displacement", "gripper"),
+        "human.task_description",
+    ),
+}  # fmt: skip
+
+
+def find_data_config(name: str, modality: dict) -> DataConfig:
+    """The table's entry, everything that modality.json names ("auto"), or an object of the reader's own module."""
+    if name == "auto":
+        if not modality["language"]:
+            fail("--data-config auto: the data set has no annotation to take the instruction from")
+        return DataConfig(
+            tuple(modality["video"]),
+            modes("min_max", *modality["state"]),
+            modes("min_max", *modality["action"]),
+            next(iter(modality["language"])),
+        )
+    if ":" in name:
+        module, attribute = name.split(":", 1)
+        sys.path.insert(0, os.getcwd())
+        try:
+            config = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            fail(f"--data-config {name}: {error}")
+        if not isinstance(config, DataConfig):
+            fail(f"--data-config {name}: must be a common.data_configs.DataConfig, not a {type(config).__name__}")
+        return config
+    if name not in DATA_CONFIGS:
+        fail(f"--data-config {name} is unknown; there are {', '.join(DATA_CONFIGS)}, auto and module:NAME")
+    return DATA_CONFIGS[name]
+
+
+def check_keys(config: DataConfig, modality: dict, where: str, name: str) -> None:
+    """Every camera, joint group and annotation of the config exists in the data set."""
+    for kind in ("video", "state", "action"):
+        if missing := [key for key in getattr(config, kind) if key not in modality[kind] and key != "task_progress"]:
+            fail(
+                f"--data-config {name} needs {kind} '{missing[0]}', but {where} has "
+                f"{', '.join(modality[kind]) or 'none'}; --data-config auto takes what is there"
+            )
+    if modality["language"] and config.language not in modality["language"]:
+        fail(
+            f"--data-config {name} takes the instruction from annotation '{config.language}', but {where} has "
+            f"{', '.join(modality['language'])}"
+        )
+    for key in config.rotations:
+        kind, key = key.split(".", 1)
+        if modality[kind][key]["rotation_type"] is None:
+            fail(f"--data-config {name} converts the rotation {kind}.{key}: modality.json must give its rotation_type")
+    for kind in ("state", "action"):
+        for key, mode in getattr(config, kind).items():
+            if key in modality[kind] and not modality[kind][key]["continuous"] and mode not in (None, "binary"):
+                fail(f"{kind} '{key}' of {where} is not a float: it can be normalised as binary only, not {mode}")
+            if mode not in (None, "min_max", "q99", "mean_std", "binary", "scale", "sin_cos"):
+                fail(f"{kind} '{key}': unknown normalisation '{mode}'")
+            if kind == "action" and mode in ("scale", "sin_cos"):
+                fail(f"action '{key}': {mode} cannot be undone, so it is for states only")

@@ -1,0 +1,541 @@
+"""The data of gr00t_finetune.py: the reference's numbers, LeRobot folders as they come, and what is refused.
+
+`parity` compares with items that the reference transformed; its files are not part of the repository. Everything else
+runs on a data set made here: two robots' worth of joints, a moving square on video.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils.data import DataLoader
+
+import gr00t_finetune as g
+from common import lerobot
+from common.data_configs import DATA_CONFIGS, DataConfig, check_keys, find_data_config, modes
+from common.run import World
+from gr00t_finetune import Args, Demonstrations, Order, Plan
+
+SHARED = ROOT.parent / "shared" / "data"
+DEMO, PARITY = SHARED / "robot_sim.PickNPlace", SHARED / "gr00t_parity" / "data_demo.json"
+parity = pytest.mark.skipif(not PARITY.exists(), reason="the reference's outputs are not on this machine")
+WORLD = World(0, 1, torch.device("cpu"))
+NAMES = [*(f"left_{i}" for i in range(3)), "left_gripper", *(f"right_{i}" for i in range(3)), "right_gripper"]
+
+
+def write_set(root: Path, lengths=(20, 12, 30, 16), seed=0, video=True, modality=True, size=(48, 64)) -> Path:
+    """A LeRobot v2.1 data set: 8 joints, 2 tasks in turns, one camera."""
+    import av
+
+    rng = np.random.default_rng(seed)
+    (root / "meta").mkdir(parents=True)
+    (root / "data/chunk-000").mkdir(parents=True)
+    vector = {"dtype": "float32", "shape": [8], "names": NAMES}
+    features = {"observation.state": vector, "action": vector, "task_index": {"dtype": "int64", "shape": [1]}}
+    if video:
+        features["observation.images.top"] = {
+            "dtype": "video", "shape": [*size, 3], "names": ["height", "width", "channels"], "info": {"video.fps": 10},
+        }  # fmt: skip
+    for i, n in enumerate(lengths):
+        state = rng.normal(size=(n, 8)).astype(np.float32)
+        action = np.concatenate([state[:, :7] * 2 + 1, np.full((n, 1), 0.5)], axis=1).astype(np.float32)
+        table = {k: pa.array(list(v)) for k, v in {"observation.state": state, "action": action}.items()}
+        table |= {"timestamp": pa.array(np.arange(n) / 10), "task_index": pa.array(np.full(n, i % 2))}
+        pq.write_table(pa.table(table), root / f"data/chunk-000/episode_{i:06d}.parquet")
+        if video:
+            file = root / f"videos/chunk-000/observation.images.top/episode_{i:06d}.mp4"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with av.open(str(file), "w") as out:
+                stream = out.add_stream("libx264", rate=10, options={"crf": "10"})
+                stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+                for t in range(n):
+                    frame = np.full((*size, 3), 40 + 30 * (i % 4), np.uint8)
+                    frame[8:24, t : t + 16] = 220  # where the square is tells the frame's number
+                    out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                out.mux(stream.encode())
+    info = {
+        "codebase_version": "v2.1", "robot_type": "test", "fps": 10, "chunks_size": 1000, "features": features,
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    }  # fmt: skip
+    parts = {"arm": {"start": 0, "end": 7}, "gripper": {"start": 7, "end": 8}}
+    mapping = {
+        "state": parts, "action": parts | {"speed": {"start": 0, "end": 2, "absolute": False}},
+        "video": {"top": {"original_key": "observation.images.top"}} if video else {},
+        "annotation": {"task": {"original_key": "task_index"}},
+    }  # fmt: skip
+    (root / "meta/info.json").write_text(json.dumps(info))
+    if modality:
+        (root / "meta/modality.json").write_text(json.dumps(mapping))
+    lines = [{"episode_index": i, "tasks": [], "length": n} for i, n in enumerate(lengths)]
+    (root / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tasks = [{"task_index": 0, "task": "lift it"}, {"task_index": 1, "task": "put it down again"}]
+    (root / "meta/tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
+    return root
+
+
+CONFIG = DataConfig(("top",), modes("min_max", "arm", "gripper"), modes("min_max", "arm", "gripper", "speed"), "task")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("lerobot") / "robot")
+
+
+def load(folders, config=CONFIG, **flags) -> tuple[list, Demonstrations, Args]:
+    folders = [folders] if isinstance(folders, Path) else folders
+    args = Args(data_config="test", seed=3, max_steps=100, batch_size=8, **flags)
+    sets = g.read_mixture(folders, config, args, lambda text: None)
+    metadata = g.make_metadata(sets, config, g.set_weights(sets, True), "new_embodiment")
+    data = Demonstrations(sets, config, metadata, 31, 3)
+    data.prompts, data.pad_id = [np.arange(5 + i) for i in range(len(data.instructions))], 99
+    return sets, data, args
+
+
+@pytest.fixture(scope="module")
+def data(folder, tmp_path_factory):
+    sets, data, args = load(folder, cache_dir=str(tmp_path_factory.mktemp("cache")))
+    g.attach_frames(data, sets, [[0, 1, 2, 3]], args, 28)
+    return data
+
+
+# ---- the reference's numbers -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    config = DATA_CONFIGS["fourier_gr1_arms_only"]
+    sets, data, args = load(DEMO, config, cache_dir=str(tmp_path_factory.mktemp("demo")))
+    g.attach_frames(data, sets, [[0, 2, 4]], args, 224)
+    tokenizer = g.load_tokenizer(str(SHARED / "eagle_tokenizer"), 151669)
+    g.attach_prompts(data, tokenizer, 256, "plain")
+    return sets[0], data, config, tokenizer, json.loads(PARITY.read_text())
+
+
+@parity
+def test_parity_of_items_with_the_reference(demo):
+    episodes, data, config, tokenizer, fixture = demo
+    for item in fixture["items"]:
+        row = int(episodes.starts[item["episode"]]) + item["frame"]
+        raw = {kind: g.raw_columns(episodes, kind, config) for kind in ("state", "action")}
+        state = g.pad(g.encode("state", {k: v[[row]] for k, v in raw["state"].items()}, config, data.metadata), 64)
+        rows = np.minimum(row + np.arange(16), episodes.starts[item["episode"] + 1] - 1)
+        action = g.pad(g.encode("action", {k: v[rows] for k, v in raw["action"].items()}, config, data.metadata), 32)
+        assert np.abs(state - item["state"]).max() <= 1e-12 and np.abs(action - item["action"]).max() <= 1e-12
+        batch = data[Plan(np.array([row]), np.array([0]), 0)]
+        assert np.abs(batch["state"][0].numpy() - item["state"]).max() < 1e-7  # float32 of the same
+        assert np.abs(batch["action"][0].numpy() - item["action"]).max() < 1e-7
+        assert batch["action_mask"][0].tolist() == item["action_mask"]
+        assert batch["eagle_input_ids"][0].tolist() == item["input_ids"] and batch["eagle_attention_mask"].all()
+        assert data.instructions[data.text[row]] == item["language"]
+        bracketed = tokenizer(g.prompt(item["language"], 1, 256, "bracketed")).input_ids
+        assert bracketed == item["input_ids_bracketed_inference_form"]
+
+
+@parity
+def test_parity_of_images_with_the_reference(demo):
+    from safetensors.numpy import load_file
+
+    episodes, data, *_, fixture = demo
+    stored = load_file(PARITY.with_name("data_demo_images.safetensors"))
+    for item in fixture["items"]:
+        row = int(episodes.starts[item["episode"]]) + item["frame"]
+        name = f"episode{item['episode']}_frame{item['frame']}"
+        assert (data.frames(row)[0] == stored[f"{name}.decoded"]).all()
+        image = g.transform_images(stored[f"{name}.decoded"][None], 224)[0].permute(1, 2, 0).numpy()
+        off = np.abs(image.astype(int) - stored[f"{name}.image"])
+        assert off.max() <= 1 and (off == 0).mean() >= 0.98  # bit-equal with the fixture's torch version
+
+
+@parity
+def test_parity_of_normalisation_modes_with_the_reference(demo):
+    _, data, config, _, fixture = demo
+    for name, entry in fixture["normalisation_modes"]["keys"].items():
+        kind, key = name.split(".")
+        stats = data.metadata["statistics"][kind][key]
+        for mode in ("min_max", "q99", "mean_std", "binary"):
+            y = g.normalize(np.array(entry["raw"]), mode, stats)
+            assert np.abs(y - entry[mode]["forward"]).max() <= 1e-12
+            assert np.abs(g.unnormalize(y, mode, stats) - entry[mode]["inverse_of_forward"]).max() <= 1e-12
+    case = fixture["unnormalise_action"]
+    raw = g.decode_actions(np.array(case["normalised_action"], dtype=np.float32), config, data.metadata)
+    for name, expected in case["raw"].items():
+        assert np.abs(raw[name.split(".")[1]] - expected).max() <= 1e-6
+
+
+@parity
+def test_parity_of_statistics_and_metadata_with_the_reference(demo):
+    episodes, data, *_ = demo
+    reference = json.loads((PARITY.parent / "full_small/experiment_cfg/metadata.json").read_text())["gr1"]
+    assert data.metadata | {"embodiment_tag": "gr1"} == reference
+    vectors = {name: episodes.columns[name] for name in ("observation.state", "action")}
+    for name, stats in lerobot.read_statistics(DEMO, vectors, compute=True).items():
+        for key, value in stats.items():
+            assert np.abs(value - episodes.statistics[name][key]).max() < 1e-13
+
+
+# ---- units -----------------------------------------------------------------------------------------------------------
+
+STATS = {"min": [0.0, -2.0, 5.0], "max": [4.0, 2.0, 5.0], "mean": [1.0, 0.0, 5.0], "std": [2.0, 1.0, 0.0],
+         "q01": [0.0, -1.0, 5.0], "q99": [2.0, 1.0, 5.0]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "mode, expected",
+    [
+        ("min_max", [0.5, 1.5, 0.0]),  # beyond the range is kept, a constant dim is 0
+        ("q99", [1.0, 1.0, 1.0]),  # clipped, the constant dim passes and is clipped too
+        ("mean_std", [1.0, 3.0, 7.0]),
+        ("scale", [0.75, 1.5, 1.4]),
+        ("binary", [1.0, 1.0, 1.0]),
+        (None, [3.0, 3.0, 7.0]),
+    ],
+)
+def test_normalisation_by_hand(mode, expected):
+    x = np.array([3.0, 3.0, 7.0])
+    assert g.normalize(x, mode, STATS).tolist() == expected
+    if mode in ("mean_std", None):
+        back = g.unnormalize(g.normalize(x, mode, STATS), mode, STATS)
+        assert np.allclose(back[:2], x[:2])
+    assert g.normalize(np.array([0.0, np.pi / 2]), "sin_cos", {}).round(12).tolist() == [0, 1, 1, 0]
+
+
+def test_min_max_actions_come_back_and_constant_joints_stay_at_their_value(data):
+    rows = np.array([3, 25])
+    codes = data.actions(rows)[..., : data.dims].astype(np.float64)
+    raw = np.concatenate(list(g.decode_actions(codes, data.config, data.metadata).values()), axis=-1)
+    assert np.allclose(raw[:, 0], data.raw_action[rows], atol=1e-5)
+    assert (codes[..., 7] == 0).all() and np.allclose(raw[..., 7], 0.5)  # the gripper never moves
+
+
+@pytest.mark.parametrize("kind", ["quaternion", "axis_angle", "rotation_6d", "matrix"] + [
+    f"euler_angles_{order}" for order in ("rpy", "ryp", "pry", "pyr", "yrp", "ypr")])  # fmt: skip
+def test_rotations_come_back_from_every_form(kind):
+    x = np.random.default_rng(0).normal(size=(50, 4))
+    m = lerobot.to_matrix(x, "quaternion")
+    assert np.allclose(m @ m.swapaxes(-1, -2), np.eye(3)) and np.allclose(np.linalg.det(m), 1)
+    assert np.allclose(lerobot.to_matrix(lerobot.from_matrix(m, kind), kind), m)
+
+
+def test_rotation_conventions():
+    """Real part first; 6D is the first two rows; rpy means R_x R_y R_z."""
+    quarter = np.array([np.sqrt(0.5), 0, 0, np.sqrt(0.5)])  # a quarter turn about z
+    m = lerobot.to_matrix(quarter, "quaternion")
+    assert np.allclose(m, [[0, -1, 0], [1, 0, 0], [0, 0, 1]])
+    assert np.allclose(lerobot.from_matrix(m, "rotation_6d"), [0, -1, 0, 1, 0, 0])
+    assert np.allclose(lerobot.from_matrix(m, "axis_angle"), [0, 0, np.pi / 2])
+    x, z = (lerobot.to_matrix(np.array(a), "axis_angle") for a in ([0.3, 0, 0], [0, 0, 0.7]))
+    assert np.allclose(lerobot.to_matrix(np.array([0.3, 0, 0.7]), "euler_angles_rpy"), x @ z)
+    assert np.allclose(lerobot.from_matrix(np.eye(3), "axis_angle"), 0)
+
+
+def test_converted_rotations_use_fixed_bounds_and_come_back():
+    config = DataConfig((), {}, {"turn": "min_max"}, "task", {"action.turn": "axis_angle"})
+    entry = {"rotation_type": "quaternion", "absolute": True, "shape": [4], "continuous": True}
+    metadata = {"modalities": {"action": {"turn": entry}}, "statistics": {"action": {}}}
+    q = np.array([[np.sqrt(0.5), np.sqrt(0.5), 0, 0]])
+    code = g.encode("action", {"turn": q}, config, metadata)
+    assert np.allclose(code, [[0.5, 0, 0]])  # pi / 2 of pi
+    assert np.allclose(g.decode_actions(code, config, metadata)["turn"], q)
+
+
+def test_past_the_end_absolute_actions_repeat_and_relative_ones_are_zero(data):
+    last = data.episodes[0]["end"] - 1
+    action = data.actions(np.array([last]))[0]
+    raw = g.decode_actions(action[:, : data.dims].astype(np.float64), data.config, data.metadata)
+    assert (action[1:, :8] == action[0, :8]).all()
+    assert np.abs(raw["speed"][1:]).max() < 1e-6 and np.abs(raw["speed"][0]).max() > 1e-3
+    batch = data[Plan(np.array([last]), np.array([0]), 0)]
+    assert batch["action_mask"][0, :, :10].all() and not batch["action_mask"][0, :, 10:].any()  # steps: all valid
+
+
+def test_statistics_of_a_mixture_are_those_of_its_rows(folder, tmp_path):
+    other = write_set(tmp_path / "other", lengths=(25, 31), seed=5, video=False)
+    config = DataConfig((), CONFIG.state, CONFIG.action, "task")
+    sets, both, _ = load([folder, other], config)
+    rows = np.concatenate([e.columns["observation.state"] for e in sets])
+    merged, pooled = both.metadata["statistics"]["state"]["arm"], lerobot.column_statistics(rows[:, :7])
+    for name in ("min", "max", "mean", "std"):
+        assert np.allclose(merged[name], pooled[name], atol=1e-6)
+
+
+def test_bundled_demonstrations_carry_the_statistics_of_their_rows():
+    episodes = lerobot.read_episodes(ROOT / "assets/fetch_demos", "human.task_description")
+    vectors = {name: episodes.columns[name] for name in ("observation.state", "action")}
+    for name, stats in lerobot.read_statistics(episodes.path, vectors, compute=True).items():
+        for key, value in stats.items():
+            assert np.abs(value - episodes.statistics[name][key]).max() < 1e-5, (name, key)
+    check_keys(DATA_CONFIGS["fetch"], episodes.modality, "fetch_demos", "fetch")
+
+
+# ---- images and prompts ----------------------------------------------------------------------------------------------
+
+
+def test_evaluation_crops_the_centre_and_training_crops_anywhere():
+    frame = np.zeros((1, 256, 256, 3), np.uint8)
+    frame[0, :, :, 0] = np.arange(256)  # a ramp from left to right
+    ramp = g.transform_images(frame, 243)[0, 0, 0].tolist()
+    assert (
+        ramp == [n - (n / 255 * 255 < n) for n in range(6, 249)]
+        or np.abs(np.array(ramp) - np.arange(6, 249)).max() <= 1
+    )
+    lefts = {int(g.transform_images(frame, 243, np.random.default_rng(n)).shape[-1]) for n in range(3)}
+    assert lefts == {243}
+    wide = torch.zeros(1, 480, 640, 3, dtype=torch.uint8).numpy()
+    assert g.transform_images(wide, 224).shape == (1, 3, 224, 224)
+    assert (int(g.CROP * 480), int(g.CROP * 640)) == (456, 608)
+
+
+def test_one_draw_of_crop_and_colour_for_all_cameras():
+    frames = np.random.default_rng(0).integers(0, 255, (1, 40, 40, 3), dtype=np.uint8).repeat(2, axis=0)
+    first, second = g.transform_images(frames, 28, np.random.default_rng(7))
+    assert (first == second).all()
+    assert (first != g.transform_images(frames, 28, np.random.default_rng(8))[0]).any()
+    assert (first != g.transform_images(frames, 28)[0]).any()
+
+
+def test_hue_turns_a_third_of_the_circle_from_red_to_green_and_leaves_gray_alone():
+    x = torch.tensor([1.0, 0.2, 0.1])[None, :, None, None]
+    assert torch.allclose(g.shift_hue(x, 1 / 3).flatten(), torch.tensor([0.1, 1.0, 0.2]), atol=1e-6)
+    assert torch.allclose(g.shift_hue(x, 0.0), x, atol=1e-6)
+    flat = torch.full((1, 3, 2, 2), 0.4)
+    assert torch.allclose(g.shift_hue(flat, 0.2), flat)
+    import colorsys
+
+    rgb = torch.rand(1, 3, 1, 20, generator=torch.Generator().manual_seed(0))
+    shifted = g.shift_hue(rgb, 0.07)[0, :, 0].T.tolist()
+    for before, after in zip(rgb[0, :, 0].T.tolist(), shifted):
+        h, s, v = colorsys.rgb_to_hsv(*before)
+        assert np.allclose(colorsys.hsv_to_rgb((h + 0.07) % 1, s, v), after, atol=1e-5)
+
+
+def test_jitter_stays_in_range_and_averages_to_the_picture():
+    x = torch.full((1, 3, 8, 8), 0.5)
+    x[:, 0] = 0.6
+    out = torch.stack([g.jitter(x.clone(), np.random.default_rng(n)) for n in range(300)])
+    assert out.min() >= 0 and out.max() <= 1 and (out.mean((0, 1, 3, 4)) - x.mean((0, 2, 3))).abs().max() < 0.03
+
+
+def test_prompt_text():
+    text = g.prompt("lift it", 2, 3)
+    images = "<image 1><img>" + 3 * "<IMG_CONTEXT>" + "</img><image 2><img>" + 3 * "<IMG_CONTEXT>" + "</img>"
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{images}lift it<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert "['lift it']" in g.prompt("lift it", 1, 3, "bracketed")
+
+
+def test_bundled_tokenizer_gets_the_image_tokens_behind_its_own():
+    tokenizer = g.load_tokenizer(str(ROOT / "assets/tiny-qwen2"), 259)
+    ids = tokenizer(g.prompt("lift it", 1, 4)).input_ids
+    assert ids.count(259) == 4 and ids[0] == 257 and max(ids) < 272
+
+
+def test_prompts_of_different_length_are_padded_on_the_left(data):
+    rows = np.array([0, 20])  # tasks 0 and 1, prompts of 5 and 6 tokens
+    batch = data[Plan(rows, rows, 8)]
+    assert batch["eagle_input_ids"].tolist() == [[99, 99, 99, 0, 1, 2, 3, 4], [99, 99, 0, 1, 2, 3, 4, 5]]
+    assert batch["eagle_attention_mask"].tolist() == [[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]]
+
+
+# ---- order and draws -------------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_takes_each_row_once_in_another_order(data):
+    rows = np.arange(5, 60)
+    order = Order(data, rows, np.ones(1), Args(seed=1))
+    first, second = ([order.row(i) for i in range(e * 55, (e + 1) * 55)] for e in range(2))
+    assert sorted(first) == sorted(second) == rows.tolist() and first != second
+    assert [order.row(i) for i in range(55)] == first  # a function of the draw's number: a run can go on anywhere
+
+
+@pytest.mark.parametrize("by_set, by_frame", [(True, True), (False, True), (True, False)])
+def test_mixtures_are_drawn_by_their_weights(folder, tmp_path, by_set, by_frame):
+    other = write_set(tmp_path / "other", lengths=(10, 30), video=False)
+    sets, both, args = load([folder, other], DataConfig((), CONFIG.state, CONFIG.action, "task"))
+    args = g.replace(args, balance_trajectory_weights=by_frame)
+    order = Order(both, np.arange(len(both.end)), g.set_weights(sets, by_set), args)
+    drawn = np.array([order.row(i) for i in range(3000)])
+    share = (both.part[drawn] == 1).mean()
+    assert abs(share - (40 / 118 if by_set else 0.5)) < 0.04
+    short = (both.end[drawn] == 78 + 10)[both.part[drawn] == 1].mean()
+    assert abs(short - (0.25 if by_frame else 0.5)) < 0.05
+
+
+def test_batches_do_not_depend_on_how_they_are_cut_or_on_workers(data):
+    order = Order(data, np.arange(60), np.ones(1), Args(seed=1))
+    args = Args(batch_size=8, max_steps=2)
+    whole = [data[plan] for plan in g.plans(order, data, args, WORLD, 1)]
+    parts = []
+    for rank in range(2):
+        world, cut = World(rank, 2, torch.device("cpu")), g.replace(args, gradient_accumulation_steps=2)
+        loader = DataLoader(data, sampler=g.plans(order, data, cut, world, 1), batch_size=None, num_workers=rank)
+        parts.append(list(loader))
+    for step in range(2):
+        pieces = [parts[rank][2 * step + m] for rank in range(2) for m in range(2)]
+        for name in ("images", "state", "action", "noise", "t", "eagle_input_ids"):
+            assert torch.equal(torch.cat([piece[name] for piece in pieces]), whole[step][name]), name
+
+
+def test_noise_and_times_have_their_moments(data):
+    rows = np.zeros(4000, dtype=int)
+    bare = g.replace(data.config, video=())
+    t = np.array([(0.999 - data.rng(0, i).beta(1.5, 1.0)) / 0.999 for i in range(4000)])
+    assert abs(t.mean() - 0.4) < 0.015 and abs(t.std() - 0.262) < 0.01 and -0.0011 < t.min() and t.max() < 1
+    batch = data[Plan(rows[:500], np.arange(500), 0)]
+    assert abs(batch["noise"].mean()) < 0.01 and abs(batch["noise"].std() - 1) < 0.01
+    assert torch.allclose(batch["t"][:50], torch.from_numpy(t[:50]).float()) and bare.video == ()
+
+
+def test_held_out_episodes_are_spread_evenly():
+    assert g.validation_episodes(120, None) == [5, 15, 25, 35, 45, 55, 65, 75, 85, 95, 105, 115]
+    assert (
+        g.validation_episodes(5, 1) == [2]
+        and g.validation_episodes(5, 0) == []
+        and g.validation_episodes(1, None) == []
+    )
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_frames_come_from_the_cache_and_belong_to_their_rows(folder, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    sets, data, args = load(copy, cache_dir=str(tmp_path / "cache"))
+    g.attach_frames(data, sets, [[1, 3]], args, 28)
+    for episode in (1, 3):
+        start, end = data.episodes[episode]["start"], data.episodes[episode]["end"]
+        for row in (start, start + 7, end - 1):
+            frame = data.frames(row)[0]
+            assert frame.shape == (48, 64, 3)
+            bright = np.flatnonzero(frame[16, :, 1].astype(int) > 180)
+            assert (
+                abs(bright.min() - (row - start)) <= 1
+                and abs(frame[40, 60].astype(int) - (40 + 30 * episode)).max() < 6
+            )
+    shutil.rmtree(copy / "videos")
+    assert data.frames(data.episodes[1]["start"]).shape == (1, 48, 64, 3)  # the videos are not opened again
+
+
+def test_large_frames_are_cached_small_and_a_changed_video_is_decoded_again(folder, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    sets, data, args = load(copy, cache_dir=str(tmp_path / "cache"), cache_side=32)
+    g.attach_frames(data, sets, [[0]], args, 28)
+    assert data.frames(0).shape == (1, 32, 32, 3)
+    video = copy / "videos/chunk-000/observation.images.top/episode_000000.mp4"
+    before = list((tmp_path / "cache").iterdir())
+    shutil.copy(video, tmp_path / "again.mp4")
+    shutil.move(tmp_path / "again.mp4", video)  # another time stamp
+    g.attach_frames(data, sets, [[0]], args, 28)
+    assert len(list((tmp_path / "cache").iterdir())) == len(before) + 1
+
+
+def test_modality_is_proposed_from_the_names_of_the_joints(tmp_path, capsys):
+    folder = write_set(tmp_path / "bare", lengths=(5,), video=True, modality=False)
+    modality = lerobot.read_modality(folder, lerobot.read_info(folder))
+    slices = {key: (entry["start"], entry["end"]) for key, entry in modality["state"].items()}
+    assert slices == {"left_arm": (0, 3), "left_gripper": (3, 4), "right_arm": (4, 7), "right_gripper": (7, 8)}
+    assert modality["video"] == {"top": "observation.images.top"}
+    assert modality["language"] == {"human.task_description": "task_index"}
+    assert '"left_gripper"' in capsys.readouterr().out  # printed, so that it can be corrected
+    config = find_data_config("auto", modality)
+    assert list(config.action) == list(slices) and config.language == "human.task_description"
+    so100 = {
+        "observation.state": {
+            "dtype": "float32",
+            "shape": [6],
+            "names": {"motors": ["main_shoulder_pan"] + 4 * ["x"] + ["main_gripper"]},
+        }
+    }  # noqa: E501
+    proposal = lerobot.propose_modality({"features": so100 | {"action": so100["observation.state"]}})
+    assert proposal["state"] == {"single_arm": {"start": 0, "end": 5}, "gripper": {"start": 5, "end": 6}}
+
+
+def edit(folder: Path, tmp_path: Path, file: str, change) -> Path:
+    copy = Path(shutil.copytree(folder, tmp_path / "edited"))
+    path = copy / file
+    if change is None:
+        path.unlink()
+    elif isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    return copy
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("meta/info.json", lambda c: c.update(codebase_version="v3.0"), "user/name@v2.1"),
+        ("meta/info.json", None, "not a LeRobot data set"),
+        ("meta/info.json", lambda c: c.pop("data_path"), "data_path"),
+        ("meta/modality.json", lambda c: c["action"].pop("gripper"), "--data-config auto"),
+        ("meta/modality.json", lambda c: c["video"].update(top={"original_key": "observation.images.no"}), "missing"),
+        ("meta/modality.json", lambda c: c["state"]["arm"].update(end=9), "8 wide"),
+        ("meta/modality.json", lambda c: c["state"]["arm"].update(start=7), "start < end"),
+        ("meta/modality.json", lambda c: c["state"]["arm"].update(original_key="observation.other"), "observation.other"),
+        ("meta/modality.json", lambda c: c.update(annotation={"other": {"original_key": "task_index"}}), "'task'"),
+        ("meta/modality.json", lambda c: c["action"]["gripper"].update(dtype="int64"), "binary only"),
+        ("meta/modality.json", b"{", "not JSON"),
+        ("meta/episodes.jsonl", None, "missing"),
+        ("meta/episodes.jsonl", b'{"episode_index": 0, "length": 21}', "20 rows"),
+        ("meta/tasks.jsonl", b'{"task_index": 0, "task": "lift it"}', "holds task 1"),
+        ("data/chunk-000/episode_000001.parquet", None, "episode_000001.parquet"),
+        ("data/chunk-000/episode_000001.parquet", b"nothing", "cannot be read"),
+        ("videos/chunk-000/observation.images.top/episode_000001.mp4", None, "is missing"),
+        ("videos/chunk-000/observation.images.top/episode_000001.mp4", b"nothing", "cannot be decoded"),
+    ],
+)  # fmt: skip
+def test_bad_folders_end_in_one_line(folder, tmp_path, capsys, file, change, message):
+    copy = edit(folder, tmp_path, file, change)
+    with pytest.raises(SystemExit) as stop:
+        sets, data, args = load(copy, cache_dir=str(tmp_path / "cache"))
+        g.attach_frames(data, sets, [list(range(len(sets[0].ids)))], args, 28)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_video_of_another_length_is_refused(folder, tmp_path, capsys):
+    videos = folder / "videos/chunk-000/observation.images.top"
+    copy = edit(folder, tmp_path, "meta/info.json", lambda c: None)
+    shutil.copy(videos / "episode_000002.mp4", copy / "videos/chunk-000/observation.images.top/episode_000001.mp4")
+    sets, data, args = load(copy, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(SystemExit):
+        g.attach_frames(data, sets, [[0, 1]], args, 28)
+    assert "30 frames for an episode of 12 rows" in capsys.readouterr().err
+    assert not [p for p in (tmp_path / "cache").iterdir() if not p.name.startswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    "name, message", [("so101", "so100"), ("nomodule:X", "nomodule"), ("json:dumps", "DataConfig")]
+)
+def test_unknown_data_configs_end_in_one_line(folder, capsys, name, message):
+    with pytest.raises(SystemExit):
+        find_data_config(name, lerobot.read_modality(folder, lerobot.read_info(folder)))
+    assert message in capsys.readouterr().err
+
+
+def test_data_configs_have_the_published_widths():
+    """arms-only: 26 action dims in the reference's order; all names of its table, and one for the bundled data."""
+    assert list(DATA_CONFIGS["fourier_gr1_arms_only"].action) == ["left_arm", "right_arm", "left_hand", "right_hand"]
+    assert len(DATA_CONFIGS) == 13 and DATA_CONFIGS["so100_dualcam"].video == ("front", "wrist")
+    assert DATA_CONFIGS["fourier_gr1_arms_only"].state["left_arm"] == "sin_cos"
+    panda = DATA_CONFIGS["bimanual_panda_gripper"]
+    assert list(panda.state)[:3] == ["right_arm_eef_pos", "right_arm_eef_quat", "right_gripper_qpos"]
+    assert panda.action["left_gripper_close"] == "binary" and panda.action["left_arm_eef_rot"] is None
+
+
+def test_hub_names_without_a_network_end_in_one_line(capsys):
+    for name in ("someone/no-such-set", "./nowhere", "someone/no-such-set@v2.1"):
+        with pytest.raises(SystemExit):
+            lerobot.find_folder(name)
+        assert "assets/fetch_demos" in capsys.readouterr().err
