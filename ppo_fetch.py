@@ -75,9 +75,9 @@ class Args:
     output_dir: str = "runs"
     """parent of the run folder"""
     device: str = "cpu"
-    """cpu, cuda or auto; networks this small are faster on the CPU"""
+    """cpu, cuda or auto; the simulator is on the CPU, so a GPU is for large networks"""
     torch_threads: int = 1
-    """CPU threads of torch; more pay from about 256-wide networks on"""
+    """CPU threads of torch; more are for wide networks and large minibatches"""
     torch_deterministic: bool = True
     """only deterministic kernels"""
     track: bool = False
