@@ -90,10 +90,10 @@ DATA_CONFIGS = {
         ("top_head", "hand_left", "hand_right"), modes("min_max", *GENIE), modes("min_max", *GENIE, "robot_velocity"),
         "language.action_text",
     ),
-    "fetch": DataConfig(  # assets/fetch_demos
+    "fetch": DataConfig(  # assets/fetch_demos without the block's rotation and velocities: noise to a cloned policy
         ("front",),
         modes("min_max", "gripper_position", "gripper_velocity", "fingers", "finger_velocity", "object_relative",
-              "object_rotation", "object_velocity", "object_angular_velocity", "goal", "goal_relative"),
+              "goal", "goal_relative"),
         modes("min_max", "displacement", "gripper"),
         "human.task_description",
     ),
