@@ -244,7 +244,7 @@ RECIPES = {
     "FetchPickAndPlace": WITH_A_BLOCK,
 }  # fmt: skip
 # The default run's starting policy: a lite GR00T that saw too few frames for too short a time.
-START = "gr00t_finetune.py --model-path lite --max-samples 1000 --max-steps 200 --batch-size 32 --no-closed-loop --eval-trajs 1"
+START = "gr00t_finetune.py --model-path lite --max-samples 1000 --max-steps 200 --batch-size 32 --learning-rate 3e-3"
 
 
 def task_of(env_id: str) -> str:
@@ -1242,7 +1242,8 @@ def read_checkpoint(args: Args) -> tuple[Args, DataConfig, dict]:
 
 def fine_tune_start(args: Args, run_dir: Path, say) -> Args:
     """Makes the default run's starting policy: few frames, few steps, so that there is something to improve."""
-    command = [*START.split(), "--output-dir", str(run_dir / "start"), "--torch-threads", str(args.torch_threads)]
+    command = [*START.split(), "--no-closed-loop", "--eval-trajs", "1", "--output-dir", str(run_dir / "start")]
+    command += ["--torch-threads", str(args.torch_threads)]
     say(f"no --model-path: fine-tuning a starting policy with {' '.join(command)}")
     done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], capture_output=True, text=True)
     if done.returncode:
