@@ -49,7 +49,7 @@ from safetensors.torch import load_file, save_file
 from common import fetch, plot
 from common.checkpoint import atomic_folder, find_checkpoint, link, load_state, prune, save_state
 from common.data_configs import DataConfig, find_data_config
-from common.gr00t import EMBODIMENTS, GR00T, EagleBackbone, group_of
+from common.gr00t import EMBODIMENTS, GR00T, EagleBackbone, GR00TConfig, group_of
 from common.log import Logger
 from common.run import (
     StopSignal,
@@ -66,7 +66,6 @@ from common.run import (
 
 SCRIPT = "ppo_gr00t"
 ROOT = Path(__file__).resolve().parent
-WARMUP_EPOCHS = 10  # times the epochs of other iterations, for the critic alone
 DIMS = 4  # action dims of Fetch: displacement and gripper
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
@@ -181,7 +180,9 @@ class Args:
     critic_learning_rate: float = 1e-3
     """Adam step size of the critic at the start"""
     critic_warmup: int = 2
-    """iterations at the start that train the critic alone, each with ten times the epochs: they cost next to nothing"""
+    """iterations at the start that train the critic alone"""
+    critic_epochs: int = 10
+    """passes of the critic alone after those of both; its features are stored, so they cost next to nothing"""
     anneal_lr: bool = True
     """lower the step sizes linearly to 0 over the iterations"""
     gamma: float | None = None
@@ -884,37 +885,34 @@ def minibatch_order(num: int, generator: torch.Generator) -> torch.Tensor:
 
 def update(
     agent: Agent, optimizer, scaler, batch: dict[str, torch.Tensor], cache: FeatureCache, args: Args, generator,
-    world: World, warmup: bool = False,
+    world: World,
 ) -> dict:  # fmt: skip
     """Epochs of minibatch steps on one batch. Returns the metrics of the last minibatch that was looked at.
 
     batch: (T, n) tensors of this process's n of the N environments, and state (T, n, 64), chain (T, n, M + 1, H, D).
-    Minibatches are drawn from all N * T rows; a process computes those of its own environments. `warmup`: the critic
-    alone takes the steps.
+    Minibatches are drawn from all N * T rows; a process computes those of its own environments.
     """
     T, n = batch["rewards"].shape
     N, first = n * world.size, n * world.rank
     flat = {key: value.flatten(0, 1) for key, value in batch.items()}
     size = args.num_envs * args.num_steps // args.num_minibatches
     actor, critic = (group["params"] for group in optimizer.param_groups)
-    metrics, first_ratio_error, norms, steps, skipped, stopped = {}, None, (torch.zeros(()),) * 2, 0, 0, False
-    for _ in range(args.update_epochs * (WARMUP_EPOCHS if warmup else 1)):
+    metrics, first_ratio_error, grad_norm, steps, skipped, stopped = {}, None, torch.zeros(()), 0, 0, False
+    for _ in range(args.update_epochs):
         for rows in minibatch_order(T * N, generator).split(size):
             mine = (rows % N >= first) & (rows % N < first + n)
             local = (rows[mine] // N) * n + rows[mine] % N - first
             mb = {key: value[local.to(value.device)] for key, value in flat.items()}
             share = len(local) / len(rows)
-            logprobs, entropy = mb["logprobs"], torch.zeros_like(mb["logprobs"])
-            if not warmup:
-                look = cache.look(mb["frame"], mb["state"], fresh=True)
-                mask = executed_mask(mb["lengths"], mb["chain"][:, 0])
-                logprobs, entropy, noisy = chain_logprobs(agent, look, mb["chain"], mb["first"], mask, args)
+            look = cache.look(mb["frame"], mb["state"], fresh=True)
+            mask = executed_mask(mb["lengths"], mb["chain"][:, 0])
+            logprobs, entropy, noisy = chain_logprobs(agent, look, mb["chain"], mb["first"], mask, args)
             advantages = normalize_advantages(mb["advantages"], world) if args.norm_adv else mb["advantages"]
             loss, metrics = ppo_loss(
                 logprobs, mb["logprobs"], advantages, entropy, agent.value(mb["condition"]), mb["values"], mb["returns"],
                 clip_coef=args.clip_coef, clip_vloss=args.clip_vloss, ent_coef=args.ent_coef, vf_coef=args.vf_coef,
             )  # fmt: skip
-            if args.anchor != "none" and not warmup:
+            if args.anchor != "none":
                 anchor = anchor_loss(agent, look, mb, noisy, mask, args)
                 # eq: L <- L + c_a L_anchor
                 loss, metrics["anchor"] = loss + args.anchor_coef * anchor, anchor.detach()
@@ -934,7 +932,7 @@ def update(
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             world.all_sum([p.grad for p in (*actor, *critic) if p.grad is not None])
-            norms = [nn.utils.clip_grad_norm_(params, args.max_grad_norm) for params in (actor, critic)]
+            grad_norm, _ = (nn.utils.clip_grad_norm_(params, args.max_grad_norm) for params in (actor, critic))
             before = scaler.get_scale()
             scaler.step(optimizer)  # fp16: skipped if a gradient is not finite
             scaler.update()
@@ -944,13 +942,29 @@ def update(
             break
     metrics.pop("ratio_max_error")
     return metrics | {
-        "grad_norm": norms[0],
-        "critic_grad_norm": norms[1],
+        "grad_norm": grad_norm,
         "first_ratio_error": first_ratio_error,
         "optimizer_steps": steps,
         "skipped_steps": skipped,
         "kl_stop": float(stopped),
     }
+
+
+def fit_critic(agent: Agent, optimizer, batch: dict, args: Args, generator, world: World) -> dict:
+    """Epochs for the critic alone, on the features of the rollout."""
+    x, returns = batch["condition"].flatten(0, 1), batch["returns"].flatten(0, 1)
+    losses, critic = [torch.zeros(())], optimizer.param_groups[1]["params"]
+    for _ in range(args.critic_epochs):
+        for rows in minibatch_order(len(x), generator).to(x.device).split(math.ceil(len(x) / args.num_minibatches)):
+            # eq: L_V = (V - R)^2 / 2
+            loss = 0.5 * ((agent.value(x[rows]) - returns[rows]) ** 2).mean() / world.size
+            optimizer.zero_grad()  # to None: the policy's weights take no step
+            loss.backward()
+            world.all_sum([p.grad for p in critic])
+            norm = nn.utils.clip_grad_norm_(critic, args.max_grad_norm)
+            optimizer.step()
+            losses.append(loss.detach())
+    return {"critic_loss": losses[-1], "critic_grad_norm": norm if args.critic_epochs else 0.0}
 
 
 # ---- 5. Rollout ------------------------------------------------------------------------------------------------------
@@ -1146,7 +1160,7 @@ def check(args: Args, world: World) -> None:
     for name in (*names, "denoising_steps", "video_episodes"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("lora_rank", "critic_warmup", "anchor_coef", "target_kl", "ent_coef"):
+    for name in ("lora_rank", "critic_warmup", "critic_epochs", "anchor_coef", "target_kl", "ent_coef"):
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
     if not 1 <= args.execute_steps <= 16:
@@ -1311,7 +1325,7 @@ def load_agent(args: Args, config: DataConfig, metadata: dict, device: torch.dev
         fail("--unfreeze: the lite model has no language model, --tune-llm trains its table of instruction tokens")
     adapter = Adapter(args, config, metadata, args.model_path)
     c = model.config
-    toy = c.instruction_vocab or len(c.eagle["text_config"]) and c.eagle["text_config"]["vocab_size"] < 1000
+    toy = c.instruction_vocab or c.image_token_index == GR00TConfig.tiny().image_token_index
     tokenizer = load_tokenizer(
         args.tokenizer or (str(ROOT / "assets" / "tiny-qwen2") if toy else "lerobot/eagle2hg-processor-groot-n1p5"),
         None if c.instruction_vocab else c.image_token_index,
@@ -1568,8 +1582,10 @@ def run(
             batch |= {key: value.unflatten(0, (T, n)) for key, value in targets.items()}
 
         # ---- 3. update ----
-        warmup = iteration <= args.critic_warmup
-        metrics = update(agent, optimizer, scaler, batch, cache, args, generators["order"], world, warmup)
+        metrics = {"optimizer_steps": 0}
+        if iteration > args.critic_warmup:
+            metrics = update(agent, optimizer, scaler, batch, cache, args, generators["order"], world)
+        metrics |= fit_critic(agent, optimizer, batch, args, generators["order"], world)
         # only now: the statistics that the actions were sampled with are those that they were scored with
         agent.statistics.update(batch["condition"].flatten(0, 1), world)
         update_s = time.time() - began - rollout_s
@@ -1599,7 +1615,7 @@ def run(
         }
         if world.device.type == "cuda":
             metrics["time/memory_gb"] = torch.cuda.max_memory_allocated(world.device) / 1e9
-        if metrics["losses/first_ratio_error"] > (1e-3 if args.amp == "off" else 0.1):
+        if metrics.get("losses/first_ratio_error", 0.0) > (1e-3 if args.amp == "off" else 0.1):
             logger.say(
                 f"warning, step {step}: before any update the ratio is off by {metrics['losses/first_ratio_error']:.1e}: "
                 "rollout and update do not compute the same policy"
