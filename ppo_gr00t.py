@@ -49,7 +49,7 @@ from safetensors.torch import load_file, save_file
 from common import fetch, plot
 from common.checkpoint import atomic_folder, find_checkpoint, link, load_state, prune, save_state
 from common.data_configs import DataConfig, find_data_config
-from common.gr00t import EMBODIMENTS, GR00T, EagleBackbone, GR00TConfig, group_of
+from common.gr00t import EMBODIMENTS, GR00T, GR00TConfig, group_of
 from common.log import Logger
 from common.run import (
     StopSignal,
@@ -262,7 +262,7 @@ class Adapter:
     def __init__(self, args: Args, config: DataConfig, metadata: dict, source: str):
         from assets.build_fetch_demos import INSTRUCTIONS, STATE, slices
 
-        self.env_id, self.video, self.instruction = args.env_id, config.video, INSTRUCTIONS[args.env_id]
+        self.instruction = INSTRUCTIONS[args.env_id]
         self.camera, self.image_size = None, 0
         parts = slices(STATE)
         if unknown := [key for key in config.state if key not in parts]:
@@ -460,7 +460,7 @@ class Agent(nn.Module):
     def __init__(self, model: GR00T, embodiment: int, args: Args):
         super().__init__()
         c = model.config
-        size = c.vl_width + c.width + c.state_dim  # X
+        size = c.vl_width + c.state_dim  # X
         self.model = model
         self.statistics = RunningStatistics(size)
         self.return_statistics = RunningStatistics(1)
@@ -490,12 +490,12 @@ class Agent(nn.Module):
         features (U, S, W) of the backbone, one of them for each distinct observation; index (B,) says which is whose.
         Every prompt of a run has the same length, so nothing is padded and there is no mask.
         """
-        state = state[:, None]
         with self.autocast():
             vl = self.model.process_backbone(features)[index].float()
-            token = self.model.action_head.state_encoder(state.to(self.model.dtype), self.embodiment_id)
-        # no gradient of critic or noises reaches the policy's layers
-        condition = torch.cat([vl.mean(1), token[:, 0].float(), state[:, 0]], dim=-1).detach()
+        # Of the backbone, not of the head that trains: features that drift would, standardised, drown the critic. And no
+        # gradient of critic or noises reaches the backbone.
+        condition = torch.cat([features.float().mean(1)[index], state], dim=-1).detach()
+        state = state[:, None]
         return {"vl": vl, "state": state, "condition": condition}
 
     def velocity(self, look: dict[str, torch.Tensor], x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -1241,6 +1241,8 @@ def read_checkpoint(args: Args) -> tuple[Args, DataConfig, dict]:
     config = find_data_config(args.data_config, metadata["modalities"] | {"language": {"": {}}})
     if read_json(folder / "config.json").get("backbone_cfg", {}).get("instruction_vocab"):
         config = replace(config, video=())  # the lite model has no camera
+        if args.unfreeze:
+            fail("--unfreeze: the lite model has no language model, --tune-llm trains its table of instruction tokens")
     for kind in ("state", "action"):
         for key, mode in getattr(config, kind).items():
             if mode != "min_max":
@@ -1321,8 +1323,6 @@ def load_agent(args: Args, config: DataConfig, metadata: dict, device: torch.dev
         args.model_path, device=device, attn_implementation=args.attn_implementation,
         backbone_dtype=torch.bfloat16 if args.amp == "bf16" and frozen and config.video else torch.float32,
     )  # fmt: skip
-    if args.unfreeze and not isinstance(model.backbone, EagleBackbone):
-        fail("--unfreeze: the lite model has no language model, --tune-llm trains its table of instruction tokens")
     adapter = Adapter(args, config, metadata, args.model_path)
     c = model.config
     toy = c.instruction_vocab or c.image_token_index == GR00TConfig.tiny().image_token_index

@@ -418,7 +418,7 @@ def test_the_full_size_model_takes_a_rollout_and_an_update_step_by_shape():
         assert sum(q.numel() for q in agent.model.parameters() if q.requires_grad) == 1_068_806_144
         features = torch.zeros(2, 294, 2048)  # the backbone's masked_scatter counts, which meta tensors cannot
         look = agent.look(features, torch.zeros(2, dtype=torch.int64), torch.zeros(2, 64))
-        assert look["vl"].shape == (2, 294, 2048) and look["condition"].shape == (2, 2048 + 1536 + 64)
+        assert look["vl"].shape == (2, 294, 2048) and look["condition"].shape == (2, 2048 + 64)
         first, mask = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 16, 32)
         x, chain, old = sample_chain(agent, look, torch.zeros(2, 5, 16, 32), first, mask, args)
         assert x.shape == (2, 16, 32) and chain.shape == (2, 2, 16, 32) and old.shape == (2,)
