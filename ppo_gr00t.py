@@ -155,6 +155,8 @@ class Args:
     """Flow-SDE: a in sigma(t) = a sqrt((1 - t) / t), 0.2 to 0.7"""
     ignore_last: bool = True
     """Flow-SDE: the last step is never noisy, so nothing noisy is executed as it is"""
+    only_last: bool = False
+    """Flow-SDE: the last step is always the noisy one; a policy that is sure of its actions undoes earlier noise"""
     noise_range: tuple[float, float] = (0.08, 0.16)
     """Flow-Noise: bounds of the learned standard deviations, in units of normalised actions"""
 
@@ -657,10 +659,14 @@ def unfreezing(args: Args) -> list[tuple[int, int]]:
 # ---- 4. Algorithm ----------------------------------------------------------------------------------------------------
 
 
-def noisy_steps(args: Args) -> tuple[int, int]:
-    """(number of steps that noise may visit, number M that it visits in one decision)."""
-    visitable = args.denoising_steps - (args.ignore_last and args.sampler != "flow-noise")
-    return visitable, 1 if args.sampler == "flow-sde" else visitable
+def noisy_steps(args: Args) -> tuple[range, int]:
+    """(where the noisy steps of a decision may begin, their number M)."""
+    K = args.denoising_steps
+    if args.sampler == "flow-noise":
+        return range(1), K
+    if args.sampler == "flow-sde-chain":
+        return range(1), K - args.ignore_last
+    return range(K - 1, K) if args.only_last else range(K - args.ignore_last), 1
 
 
 def transition(
@@ -998,7 +1004,7 @@ def rollout(
     T, n, device = args.num_steps, sum(g.envs.num_envs for g in groups), world.device
     N, mine = n * world.size, slice(n * world.rank, n * (world.rank + 1))
     H, D = agent.model.config.action_horizon, agent.model.config.action_dim
-    visitable, M = noisy_steps(args)
+    begins, _ = noisy_steps(args)
     cache, episodes = FeatureCache(agent, ids), []
     columns: dict[str, list[list]] = {}  # name -> step -> group
 
@@ -1010,7 +1016,7 @@ def rollout(
         # noise for all environments of the run: numbers do not depend on groups or processes
         if t < T:
             noise = torch.randn((N, args.denoising_steps + 1, H, D), generator=generator)[mine].to(device)
-            first = torch.randint(visitable - M + 1, (N,), generator=generator)[mine].to(device)
+            first = torch.randint(begins.start, begins.stop, (N,), generator=generator)[mine].to(device)
         for group in groups:
             if t > 0:
                 out = group.wait()
@@ -1171,8 +1177,10 @@ def check(args: Args, world: World) -> None:
         fail("--learning-rate, --critic-learning-rate, --clip-coef and --noise-level must be positive")
     if not 0 < args.noise_range[0] < args.noise_range[1]:
         fail(f"--noise-range {args.noise_range[0]} {args.noise_range[1]}: two positive numbers, the smaller one first")
-    if noisy_steps(args)[0] < 1:
+    if not noisy_steps(args)[0] or not noisy_steps(args)[1]:
         fail("--denoising-steps 1 with --ignore-last leaves no step to be noisy; add --no-ignore-last")
+    if args.sampler == "flow-noise" and not args.critic_warmup:
+        fail("--critic-warmup 0: Flow-Noise learns its features' statistics from the first iteration; give at least 1")
     if any(len(e.split(":")) != 2 or not e.replace(":", "").isdigit() for e in args.unfreeze):
         fail(f"--unfreeze {' '.join(args.unfreeze)}: give ITERATION:LAYERS, such as 100:2 200:4")
     trained = args.tune_llm or args.tune_visual or args.lora_full_model or args.unfreeze
@@ -1567,6 +1575,8 @@ def run(
         rollout_s = time.time() - began
 
         # ---- 2. values, advantages, returns: in units of scaled reward ----
+        if iteration == 1:  # from now on fixed: a critic whose inputs keep moving learns everything anew
+            agent.statistics.update(batch["condition"].flatten(0, 1), world)
         if args.scale_rewards:
             discounted = returns_of(batch["rewards"], batch["dones"], carry, args.gamma**args.execute_steps)
             agent.return_statistics.update(discounted.reshape(-1, 1), world)
@@ -1586,8 +1596,6 @@ def run(
         if iteration > args.critic_warmup:
             metrics = update(agent, optimizer, scaler, batch, cache, args, generators["order"], world)
         metrics |= fit_critic(agent, optimizer, batch, args, generators["order"], world)
-        # only now: the statistics that the actions were sampled with are those that they were scored with
-        agent.statistics.update(batch["condition"].flatten(0, 1), world)
         update_s = time.time() - began - rollout_s
 
         # ---- 4. log ----

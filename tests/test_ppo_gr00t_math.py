@@ -42,7 +42,7 @@ def collect(agent: Agent, args=ARGS, seed=0, images=None):
     """A batch as `rollout` makes it, of random states: (T, n, ...) tensors and the cache they refer to."""
     T, n, c = args.num_steps, args.num_envs, agent.model.config
     g = torch.Generator().manual_seed(seed)
-    visitable, M = p.noisy_steps(args)
+    begins, _ = p.noisy_steps(args)
     ids = torch.tensor([[3, 1, 4]]) if images is None else images[0]
     cache, columns = FeatureCache(agent, ids), []
     for _ in range(T):
@@ -51,7 +51,7 @@ def collect(agent: Agent, args=ARGS, seed=0, images=None):
         with torch.no_grad():
             look = cache.look(frame, state)
         noise = torch.randn(n, args.denoising_steps + 1, c.action_horizon, c.action_dim, generator=g)
-        first = torch.randint(visitable - M + 1, (n,), generator=g)
+        first = torch.randint(begins.start, begins.stop, (n,), generator=g)
         lengths = torch.randint(1, args.execute_steps + 1, (n,), generator=g)
         _, chain, logprobs = sample_chain(agent, look, noise, first, executed_mask(lengths, noise[:, 0]), args)
         columns.append(
@@ -165,11 +165,12 @@ def test_the_density_of_a_chain_is_that_of_its_normals(sampler):
 
 
 def test_the_last_step_is_noisy_only_if_asked():
-    for args, last in ((ARGS, 2), (replace(ARGS, ignore_last=False), 3)):
+    for args, last in ((replace(ARGS, ignore_last=True), 2), (replace(ARGS, ignore_last=False), 3)):
         batch, _ = collect(make_agent(args), replace(args, num_envs=40))
         assert batch["first"].unique().tolist() == list(range(last + 1))
-    assert p.noisy_steps(replace(ARGS, sampler="flow-sde-chain", ignore_last=False)) == (4, 4)
-    assert p.noisy_steps(replace(ARGS, sampler="flow-noise")) == (4, 4)
+    assert p.noisy_steps(replace(ARGS, only_last=True)) == (range(3, 4), 1)
+    assert p.noisy_steps(replace(ARGS, sampler="flow-sde-chain", ignore_last=False)) == (range(1), 4)
+    assert p.noisy_steps(replace(ARGS, sampler="flow-noise")) == (range(1), 4)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -507,7 +508,6 @@ def test_a_one_step_bandit_is_solved(sampler):
     actor += list(agent.noise_net.parameters()) if agent.noise_net else []
     groups = [{"params": actor}, {"params": [*agent.critic.parameters(), *agent.critic_head.parameters()]}]
     optimizer, scaler = torch.optim.Adam(groups, lr=3e-3), torch.amp.GradScaler("cpu", enabled=False)
-    _, M = p.noisy_steps(args)
     for _ in range(60):
         cache = FeatureCache(agent, torch.tensor([[1]]))
         frame, state = cache.add(None, 128), torch.rand(128, 4, generator=g) * 2 - 1
