@@ -90,10 +90,10 @@ DATA_CONFIGS = {
         ("top_head", "hand_left", "hand_right"), modes("min_max", *GENIE), modes("min_max", *GENIE, "robot_velocity"),
         "language.action_text",
     ),
-    "fetch": DataConfig(  # assets/fetch_demos
+    "fetch": DataConfig(  # assets/fetch_demos without the block's rotation and velocities: noise to a cloned policy
         ("front",),
         modes("min_max", "gripper_position", "gripper_velocity", "fingers", "finger_velocity", "object_relative",
-              "object_rotation", "object_velocity", "object_angular_velocity", "goal", "goal_relative"),
+              "goal", "goal_relative"),
         modes("min_max", "displacement", "gripper"),
         "human.task_description",
     ),
@@ -128,6 +128,9 @@ def find_data_config(name: str, modality: dict) -> DataConfig:
 
 def check_keys(config: DataConfig, modality: dict, where: str, name: str) -> None:
     """Every camera, joint group and annotation of the config exists in the data set."""
+    for kind in ("state", "action"):
+        if not getattr(config, kind):
+            fail(f"--data-config {name} has no {kind}: a policy needs at least one key of it")
     for kind in ("video", "state", "action"):
         if missing := [key for key in getattr(config, kind) if key not in modality[kind] and key != "task_progress"]:
             fail(
