@@ -215,7 +215,7 @@ class Args:
 # What differs by model size where a flag is not given.
 SHORT = dict(learning_rate=6e-3, adam_betas=(0.9, 0.95), max_grad_norm=10.0)  # a minute of training: large steps
 RECIPES = {
-    "tiny": SHORT | dict(max_steps=1600, batch_size=16, noises_per_sample=4),
+    "tiny": SHORT | dict(max_steps=1500, batch_size=16, noises_per_sample=4),
     "lite": SHORT | dict(max_steps=2000, batch_size=64, noises_per_sample=1),
     "full": dict(max_steps=10_000, batch_size=32, noises_per_sample=1, learning_rate=1e-4, adam_betas=(0.95, 0.999),
                  max_grad_norm=1.0),
@@ -873,9 +873,7 @@ def velocity_error(
     x_t = (1 - tau) * x_0 + tau * x_1
     # eq: u = dx_t / dt = x_1 - x_0
     v_target = x_1 - x_0
-    features, mask = model.vl_features(batch)  # (B, S, W), once for all R noises: it sees none of them
-    if R > 1:
-        features, mask = features.repeat_interleave(R, 0), None if mask is None else mask.repeat_interleave(R, 0)
+    features, mask = model.vl_features(batch)  # (B, S, W), once for all R noises of a sample: it sees none of them
     v_pred = model.velocity(features, mask, state, x_t, t, batch["embodiment_id"])  # (B R, H, D)
     return (v_pred.float() - v_target) ** 2, valid, t
 
