@@ -165,18 +165,23 @@ class Args:
     """optimizer steps; default: by model size, 10,000 for the full one"""
     batch_size: int | None = None
     """samples of an optimizer step, over all processes; default: by model size, 32 for the full one"""
+    noises_per_sample: int | None = None
+    """noises and times of the flow drawn for each sample, 1 to 8: the backbone runs once for all; default: by model size,
+    1 for the full one as in the reference"""
     gradient_accumulation_steps: int = 1
     """micro-batches that a batch is cut into; the result is that of the whole batch"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     learning_rate: float | None = None
     """AdamW step size at its peak; default: by model size, 1e-4 for the full one"""
+    adam_betas: tuple[float, float] | None = None
+    """AdamW's memory of gradients and of their squares; default: by model size, 0.95 0.999 for the full one"""
     weight_decay: float = 1e-5
     """AdamW decay of matrices; biases and LayerNorms have none"""
     warmup_ratio: float = 0.05
     """share of the steps that raise the step size from 0; a half cosine lowers it to 0 afterwards"""
-    max_grad_norm: float = 1.0
-    """gradient clipping"""
+    max_grad_norm: float | None = None
+    """gradient clipping; default: by model size, 1 for the full one"""
     amp: Literal["auto", "off", "bf16"] = "auto"
     """mixed precision; auto: bf16 on a GPU, off on a CPU"""
     augment: bool = True
@@ -208,11 +213,13 @@ class Args:
 
 
 # What differs by model size where a flag is not given.
+SHORT = dict(learning_rate=6e-3, adam_betas=(0.9, 0.95), max_grad_norm=10.0)  # a minute of training: large steps
 RECIPES = {
-    "tiny": dict(max_steps=800, batch_size=32, learning_rate=3e-3),
-    "lite": dict(max_steps=2000, batch_size=64, learning_rate=3e-3),
-    "full": dict(max_steps=10_000, batch_size=32, learning_rate=1e-4),
-}
+    "tiny": SHORT | dict(max_steps=1500, batch_size=16, noises_per_sample=4),
+    "lite": SHORT | dict(max_steps=2000, batch_size=64, noises_per_sample=1),
+    "full": dict(max_steps=10_000, batch_size=32, noises_per_sample=1, learning_rate=1e-4, adam_betas=(0.95, 0.999),
+                 max_grad_norm=1.0),
+}  # fmt: skip
 
 # ---- 2. Data: normalisation -------------------------------------------------------------------------------------------
 
@@ -509,6 +516,7 @@ class Plan:
     length: int  # S: prompts are padded to this
     stream: int = 0  # 0: training, 1: validation
     augment: bool = False
+    noises: int = 1  # R: noises and times of each sample
 
 
 class Demonstrations(Dataset):
@@ -516,7 +524,7 @@ class Demonstrations(Dataset):
 
     `data[plan]` is a batch: images (B * V, 3, size, size) uint8 (the model takes their `pixel_values`), eagle_input_ids
     and eagle_attention_mask (B, S), state (B, 1, 64), action and action_mask (B, 16, 32), embodiment_id (1,), and the
-    noise (B, 16, 32) and time t (B,) that belong to these draws.
+    noises (B * R, 16, 32) and times t (B * R,) that belong to these draws, R = `plan.noises` in a row for each.
     """
 
     def __init__(self, sets: list[Episodes], config: DataConfig, metadata: dict, embodiment: int, seed: int):
@@ -602,8 +610,9 @@ class Demonstrations(Dataset):
         rngs = [self.rng(plan.stream, int(draw)) for draw in plan.draws]
         alpha, beta, s_max = self.beta
         # eq: s ~ Beta(alpha, beta), t = (0.999 - s) / 0.999: small t, that is much noise, is drawn more often
-        t = np.array([(s_max - rng.beta(alpha, beta)) / s_max for rng in rngs], dtype=np.float32)
-        noise = np.stack([rng.standard_normal((HORIZON, ACTION_DIM), dtype=np.float32) for rng in rngs])
+        t = np.concatenate([(s_max - rng.beta(alpha, beta, plan.noises)) / s_max for rng in rngs]).astype(np.float32)
+        shape = (plan.noises, HORIZON, ACTION_DIM)
+        noise = np.concatenate([rng.standard_normal(shape, dtype=np.float32) for rng in rngs])
         batch = self.observation(
             [(self.frames(r), rng if plan.augment else None) for r, rng in zip(rows, rngs)] if self.videos else [],
             self.state[rows],
@@ -684,7 +693,7 @@ def plans(order: Order, data: Demonstrations, args: Args, world: World, first_st
         parts = np.array_split(np.arange(args.batch_size), world.size * args.gradient_accumulation_steps)
         for m in range(args.gradient_accumulation_steps):
             part = parts[world.rank * args.gradient_accumulation_steps + m]
-            yield Plan(rows[part], draws[part], length, augment=args.augment)
+            yield Plan(rows[part], draws[part], length, augment=args.augment, noises=args.noises_per_sample)
 
 
 def attach_frames(data: Demonstrations, sets: list[Episodes], use: list[list[int]], args: Args, size: int) -> None:
@@ -852,9 +861,11 @@ def sample_time(config: GR00TConfig, count: int, device: torch.device) -> torch.
 
 def velocity_error(
     model: GR00T, batch: dict[str, torch.Tensor], noise: torch.Tensor | None = None, t: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared error (B, H, D) of the predicted velocity, and the times t (B,) it was measured at."""
-    x_1 = batch["action"].float()  # (B, H, D)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Squared error (B * R, H, D) of the predicted velocity, which entries count, the times t (B * R,) it belongs to."""
+    R = 1 if noise is None else len(noise) // len(batch["action"])
+    x_1, state, valid = (batch[key].repeat_interleave(R, 0) for key in ("action", "state", "action_mask"))
+    x_1 = x_1.float()  # (B R, H, D)
     x_0 = torch.randn_like(x_1) if noise is None else noise
     t = sample_time(model.config, len(x_1), x_1.device) if t is None else t
     tau = t[:, None, None]
@@ -862,9 +873,9 @@ def velocity_error(
     x_t = (1 - tau) * x_0 + tau * x_1
     # eq: u = dx_t / dt = x_1 - x_0
     v_target = x_1 - x_0
-    features, mask = model.vl_features(batch)  # (B, S, W)
-    v_pred = model.velocity(features, mask, batch["state"], x_t, t, batch["embodiment_id"])  # (B, H, D)
-    return (v_pred.float() - v_target) ** 2, t
+    features, mask = model.vl_features(batch)  # (B, S, W), once for all R noises of a sample: it sees none of them
+    v_pred = model.velocity(features, mask, state, x_t, t, batch["embodiment_id"])  # (B R, H, D)
+    return (v_pred.float() - v_target) ** 2, valid, t
 
 
 def masked_mean(error: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -880,11 +891,11 @@ def flow_matching_loss(
 
     Args:
         batch: as `GR00T` takes it, with action and action_mask (B, H, D).
-        noise: x_0 (B, H, D); drawn from N(0, I) when None.
-        t: (B,) in [0, 1); drawn (see `sample_time`) when None.
+        noise: x_0 (B * R, H, D), R in a row for each sample; drawn from N(0, I) with R = 1 when None.
+        t: (B * R,) at most 1; drawn (see `sample_time`) when None.
     """
-    error, _ = velocity_error(model, batch, noise, t)
-    return masked_mean(error, batch["action_mask"])
+    error, valid, _ = velocity_error(model, batch, noise, t)
+    return masked_mean(error, valid)
 
 
 @torch.no_grad()
@@ -992,8 +1003,8 @@ def validation_loss(model: GR00T, data: Demonstrations, rows: np.ndarray, args: 
         part = chosen[start : start + args.batch_size]
         batch = to_device(data[Plan(part, np.arange(start, start + len(part)), 0, stream=1)], device)
         with autocast(args, device):
-            error, t = velocity_error(model, batch, batch["noise"], batch["t"])
-        tally.add(error, batch["action_mask"], t)
+            error, valid, t = velocity_error(model, batch, batch["noise"], batch["t"])
+        tally.add(error, valid, t)
     return tally.metrics("val", action_names(data))
 
 
@@ -1202,21 +1213,6 @@ def closed_loop(model: GR00T, data: Demonstrations, env_id: str, args: Args, dev
 # ---- 7. Main ---------------------------------------------------------------------------------------------------------
 
 
-PANELS = {
-    "learning": [
-        ("loss", "step", ["train/loss", "val/loss"]),
-        ("loss against time", "time/elapsed_s", ["train/loss", "val/loss"]),
-        ("validation loss by time of the flow (0: noise)", "step",
-         [f"val/loss_t/{i / TIME_BINS:.2f}-{(i + 1) / TIME_BINS:.2f}" for i in range(TIME_BINS)]),
-    ],
-    "health": [
-        ("gradient norm before clipping", "step", ["train/grad_norm"]),
-        ("learning rate", "step", ["train/learning_rate"]),
-        ("samples / s", "step", ["time/samples_per_s"]),
-    ],
-}  # fmt: skip
-
-
 def saved_args(path: str) -> dict:
     """The settings of the run that made a checkpoint; empty for checkpoints of other programs."""
     try:
@@ -1248,7 +1244,7 @@ def resolve(args: Args) -> Args:
 def check(args: Args, world: World) -> None:
     """What can be wrong with the flags alone."""
     names = ("max_steps", "batch_size", "gradient_accumulation_steps", "eval_batches", "eval_steps", "log_every",
-             "denoising_steps", "closed_loop_episodes")  # fmt: skip
+             "denoising_steps", "closed_loop_episodes", "noises_per_sample")  # fmt: skip
     for name in (*names, "prefetch_factor", "lora_alpha"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
@@ -1274,6 +1270,11 @@ def check(args: Args, world: World) -> None:
         fail(f"--val-episodes {args.val_episodes}: must not be negative")
     if args.lora_rank and args.model_path in FRESH:
         fail(f"--lora-rank adapts a trained model; {args.model_path} is a fresh one: give --model-path a checkpoint")
+    if args.lora_rank and (args.tune_llm or args.tune_visual or not args.tune_diffusion_model):
+        fail("--lora-rank trains adapters and embodiment layers only: drop --tune-llm, --tune-visual and "
+             "--no-tune-diffusion-model; --lora-full-model puts adapters into the backbone too")  # fmt: skip
+    if not 0 <= min(args.adam_betas) <= max(args.adam_betas) < 1:
+        fail(f"--adam-betas {args.adam_betas[0]:g} {args.adam_betas[1]:g}: both lie in [0, 1)")
     if args.eval_only and args.model_path in FRESH:
         fail("--eval-only measures a trained model: give --model-path a run folder or a checkpoint")
 
@@ -1430,8 +1431,8 @@ def run(
     trainable = sum(p.numel() for p in parameters)
     total = sum(p.numel() for p in model.parameters())
     names = action_names(data)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.weight_decay), lr=args.learning_rate, betas=(0.95, 0.999), eps=1e-8
+    optimizer = torch.optim.AdamW(  # fused: in place, without a second copy of the gradients
+        parameter_groups(model, args.weight_decay), lr=args.learning_rate, betas=args.adam_betas, eps=1e-8, fused=True
     )
     state = {
         "script": SCRIPT, "args": asdict(args), "rows": len(data.end), "step": 0, "elapsed": 0.0, "train_s": 0.0,
@@ -1449,10 +1450,13 @@ def run(
 
     def act() -> dict[str, float]:
         """Closed loop, where there is a simulator for the data."""
-        if not args.closed_loop or args.data_config != "fetch" or not world.main:
+        if not args.closed_loop or not world.main or any(e.info.get("robot_type") != "fetch" for e in sets):
             return {}
-        from assets.build_fetch_demos import INSTRUCTIONS
+        from assets.build_fetch_demos import ACTION, INSTRUCTIONS, STATE
 
+        if not set(data.config.state) <= set(STATE) or list(data.config.action) != list(ACTION):
+            logger.say(f"closed loop is off: it needs the actions {', '.join(ACTION)} and state of {', '.join(STATE)}")
+            return {}
         found = {}
         for env_id, instruction in INSTRUCTIONS.items():
             if instruction in data.instructions:
@@ -1572,7 +1576,7 @@ def run(
         pin_memory=device.type == "cuda", **workers,
     )  # fmt: skip
     batches = iter(loader)
-    mark, waited = time.time(), 0.0
+    mark, waited, since = time.time(), 0.0, 0
     logger.progress(args.max_steps, state["step"])
 
     # ---- the loop ----
@@ -1589,27 +1593,29 @@ def run(
             batch = to_device(next(batches), device)
             waited += time.time() - start
             with autocast(args, device):
-                error, t = velocity_error(model, batch, batch["noise"], batch["t"])
+                error, valid, t = velocity_error(model, batch, batch["noise"], batch["t"])
             # eq: L = sum_m (B_m / B) L_m: every sample has the same number of valid entries
-            loss = masked_mean(error, batch["action_mask"]) * (len(t) / args.batch_size)
+            loss = masked_mean(error, valid) * (len(batch["action"]) / args.batch_size)
             loss.backward()
-            tally.add(error, batch["action_mask"], t)
+            tally.add(error, valid, t)
         if world.size > 1:
             sum_gradients(world, parameters)
 
         # ---- 2. update ----
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        if not grad_norm.isfinite():  # the same in every process; the weights are still those of the step before
+            logger.say(f"step {step}: gradients are not finite; lower --learning-rate, or look at the data")
+            return 1
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        state["step"] = step
+        state["step"], since = step, since + 1
 
         # ---- 3. log, evaluate, save, stop ----
-        ending = step == args.max_steps
+        ending, pause = step == args.max_steps, time.time()
         metrics: dict = {}
         if ending or step % args.log_every == 0:
-            seconds = time.time() - mark
+            seconds, mark = pause - mark, pause
             state["train_s"] += seconds
-            since = step % args.log_every or args.log_every
             metrics = tally.metrics("train", names, world) | {
                 "train/grad_norm": grad_norm.item(),
                 "train/learning_rate": optimizer.param_groups[0]["lr"],
@@ -1618,10 +1624,7 @@ def run(
                 "time/waiting_for_data": waited / seconds,
                 "time/train_s": state["train_s"],
             }
-            if not math.isfinite(metrics["train/loss"]):
-                logger.log(step, metrics)
-                logger.say(f"step {step}: the loss is not finite; lower --learning-rate, or look at the data")
-                return 1
+            waited, since = 0.0, 0
             if device.type == "cuda":
                 metrics["time/memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         if ending or (args.eval_every and step % args.eval_every == 0):
@@ -1642,19 +1645,18 @@ def run(
         if stopped and not ending:
             logger.say(f"stopped at step {step}; continue with: uv run python {SCRIPT}.py --resume {run_dir}")
             return stop.exit_code
-        if metrics:
-            mark, waited = time.time(), 0.0
+        mark += time.time() - pause  # evaluating and saving are no training
 
     # ---- the end: what came out of it, and where it is ----
     if world.main:
         logger.finish()  # closes the bar
-        caption = plot.caption_of([run_dir])
-        figures = [plot.figure([run_dir], panels, run_dir / f"{name}.png", caption) for name, panels in PANELS.items()]
+        figures = plot.draw([run_dir], SCRIPT, run_dir)
         report(metrics, state["base"])
         print(
             f"{args.max_steps} steps in {state['train_s']:.1f} s of training, {logger.elapsed:.0f} s in all; validation "
             f"loss {state['last'].get('val/loss', math.nan):.4f}\n"
-            f"figures {', '.join(str(f) for f in figures)}, {run_dir}/open_loop; model {run_dir}/best"
+            f"figures {', '.join(str(f) for f in figures)}, {run_dir}/open_loop; model "
+            + (f"{run_dir}/best (step {state['best']['step']})" if state["best"] else f"{run_dir}/last")
         )
     return 0
 

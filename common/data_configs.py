@@ -128,6 +128,9 @@ def find_data_config(name: str, modality: dict) -> DataConfig:
 
 def check_keys(config: DataConfig, modality: dict, where: str, name: str) -> None:
     """Every camera, joint group and annotation of the config exists in the data set."""
+    for kind in ("state", "action"):
+        if not getattr(config, kind):
+            fail(f"--data-config {name} has no {kind}: a policy needs at least one key of it")
     for kind in ("video", "state", "action"):
         if missing := [key for key in getattr(config, kind) if key not in modality[kind] and key != "task_progress"]:
             fail(

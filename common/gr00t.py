@@ -299,10 +299,13 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, context: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """x (B R, N, width), context (B, M, context_width) -> (B R, N, width): R rows of x in a row share a context."""
+        shape, groups = x.shape, len(context)
+        x = x.reshape(groups, -1, x.shape[-1])  # (B, R N, width): queries do not see each other
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, N or M, head_dim)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)  # eq: softmax(q k' / sqrt(head_dim)) v
-        return self.to_out(y.transpose(1, 2).flatten(2))  # (B, N, width)
+        return self.to_out(y.transpose(1, 2).flatten(2)).view(shape)
 
 
 class GELULinear(nn.Module):
@@ -502,7 +505,10 @@ class ActionHead(nn.Module):
     def velocity(
         self, features: Tensor, mask: Tensor | None, state: Tensor, x_t: Tensor, t: Tensor, embodiment_id: Tensor
     ) -> Tensor:
-        """-> v_pred (B, H, D). t (B,) in float32 or float64: bfloat16 would land in the wrong time bucket."""
+        """-> v_pred (B, H, D). t (B,) in float32 or float64: bfloat16 would land in the wrong time bucket.
+
+        features and mask may have B / R rows: each then serves R rows in a row of the rest.
+        """
         H = x_t.shape[1]
         bucket = (t * self.config.num_timestep_buckets).long()  # (B,), toward zero
         state_token = self.state_encoder(state.to(self.dtype), embodiment_id)  # (B, 1, width)

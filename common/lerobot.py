@@ -283,19 +283,23 @@ def cache_frames(episodes: Episodes, video: str, use: list[int], cache_dir: Path
     offsets = np.r_[0, np.cumsum(lengths)]
     first = decode(files[0], lengths[0], side)
     temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
-    out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(int(offsets[-1]), *first.shape[1:]))
-    out[: lengths[0]] = first
+    shape = (int(offsets[-1]), *first.shape[1:])
+    try:
+        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        out[: lengths[0]] = first
 
-    def fill(n: int) -> None:
-        frames = decode(files[n], lengths[n], side)
-        if frames.shape[1:] != first.shape[1:]:
-            fail(f"{files[n]} is {frames.shape[1:3]}, the first episode is {first.shape[1:3]}")
-        out[offsets[n] : offsets[n + 1]] = frames
+        def fill(n: int) -> None:
+            frames = decode(files[n], lengths[n], side)
+            if frames.shape[1:] != first.shape[1:]:
+                fail(f"{files[n]} is {frames.shape[1:3]}, the first episode is {first.shape[1:3]}")
+            out[offsets[n] : offsets[n + 1]] = frames
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        list(pool.map(fill, range(1, len(files))))
-    out.flush()
-    temporary.rename(target)
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            list(pool.map(fill, range(1, len(files))))
+        out.flush()
+        temporary.rename(target)
+    finally:
+        temporary.unlink(missing_ok=True)  # a broken video leaves nothing behind
     return target
 
 

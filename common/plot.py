@@ -77,6 +77,22 @@ FIGURES = {
             ("optimizer steps an iteration", "step", ["losses/optimizer_steps"]),
         ],
     },
+    "gr00t_finetune": {
+        "learning": [
+            ("loss", "step", ["train/loss", "val/loss"]),
+            ("loss against time", SECONDS, ["train/loss", "val/loss"]),
+            (
+                "validation loss by time of the flow (0: noise)",
+                "step",
+                [f"val/loss_t/{i / 4:.2f}-{(i + 1) / 4:.2f}" for i in range(4)],
+            ),
+        ],
+        "health": [
+            ("gradient norm before clipping", "step", ["train/grad_norm"]),
+            ("learning rate", "step", ["train/learning_rate"]),
+            ("samples / s", "step", ["time/samples_per_s"]),
+        ],
+    },
 }
 
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -71,3 +72,12 @@ def documented_metrics(page):
     section = (ROOT / "docs" / page).read_text().split("## 5. Metrics")[1].split("## 6.")[0]
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def test_the_table_of_recipes_is_the_one_in_the_script():
+    section = (ROOT / "docs/gr00t_finetune.md").read_text().split("| model | `--max-steps` |")[1].split("\n\n")[0]
+    head = ["max_steps", *(flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)`", section.splitlines()[0]))]
+    for line, recipe in zip(section.splitlines()[2:], gr00t_finetune.RECIPES.values(), strict=True):
+        cells = [cell.strip() for cell in line.split("|")[2:]]
+        stated = {name: [float(x) for x in cell.split()] for name, cell in zip(head, cells)}
+        assert stated == {name: np.atleast_1d(value).tolist() for name, value in recipe.items()}

@@ -120,6 +120,19 @@ def test_loss_by_hand():
     assert torch.allclose(loss, ((batch["action"] - batch["noise"])[..., :5] ** 2).mean())
 
 
+def test_several_noises_of_a_sample_are_so_many_samples_and_one_pass_of_the_backbone(lite, monkeypatch):
+    one, two = make_batch(), make_batch(seed=1)
+    noise = torch.stack([one["noise"], two["noise"]], 1).flatten(0, 1)  # the two noises of a sample in a row
+    t = torch.stack([one["t"], two["t"]], 1).flatten()
+    passes = []
+    vl_features = lite.vl_features
+    monkeypatch.setattr(lite, "vl_features", lambda batch: passes.append(len(batch["state"])) or vl_features(batch))
+    both = flow_matching_loss(lite, one, noise, t)
+    assert passes == [3]
+    single = [flow_matching_loss(lite, one, draw["noise"], draw["t"]) for draw in (one, two)]
+    assert torch.allclose(both, sum(single) / 2, rtol=1e-5) and abs(single[0] - single[1]) > 1e-3
+
+
 def test_padded_dims_have_no_gradient_and_padded_steps_do(lite):
     batch = make_batch()
     lite.zero_grad()
@@ -183,7 +196,7 @@ def test_parity_of_loss_gradients_and_actions_with_the_reference(name):
 
 def test_metrics_by_time_and_by_dim_add_up_to_the_loss(lite):
     batch = make_batch(B=40)
-    error, t = g.velocity_error(lite, batch, batch["noise"], batch["t"])
+    error, _, t = g.velocity_error(lite, batch, batch["noise"], batch["t"])
     tally = g.Tally(torch.device("cpu"))
     for part in (slice(0, 15), slice(15, 40)):
         tally.add(error[part], batch["action_mask"][part], t[part])
@@ -414,7 +427,7 @@ def test_same_seed_same_run_and_workers_change_nothing(run, tmp_path):
 
 
 def test_accumulation_agrees_with_the_whole_batch(run):
-    flags = QUICK | dict(max_steps=4, warmup_ratio=0.0, save_steps=0)
+    flags = QUICK | dict(max_steps=4, warmup_ratio=0.0, save_steps=0, noises_per_sample=2)
     first, second = run(**flags)[1], run(**flags, gradient_accumulation_steps=4)[1]
     a, b = metrics_of(first)[-1], metrics_of(second)[-1]
     for name in ("train/loss", "val/loss", "eval/mse"):
@@ -447,8 +460,16 @@ def test_the_tiny_model_trains_on_pictures(run):
     GR00T.from_pretrained(folder / "best")
 
 
-def test_a_policy_closes_the_loop(run):
-    code, folder = run(**(QUICK | dict(closed_loop=True, closed_loop_episodes=2, max_steps=2)))
+def test_gradients_that_are_not_finite_end_the_run_before_they_reach_the_weights(run, capsys):
+    code, folder = run(**QUICK | dict(learning_rate=1e30, save_steps=1, warmup_ratio=0.0))
+    out = capsys.readouterr()
+    assert code == 1 and "gradients are not finite" in out.out + out.err
+    assert all(torch.isfinite(tensor).all() for tensor in weights_of(folder / "last").values())
+
+
+@pytest.mark.parametrize("config", ["fetch", "auto"])
+def test_a_policy_closes_the_loop(run, config):
+    code, folder = run(**(QUICK | dict(closed_loop=True, closed_loop_episodes=2, max_steps=2, data_config=config)))
     last = metrics_of(folder)[-1]
     assert code == 0 and 0 <= last["closed_loop/FetchReach/success_rate"] <= 1
     assert {name.split("/")[1] for name in last if name.startswith("closed_loop/")} == {
@@ -490,6 +511,10 @@ def test_the_expert_seen_through_the_policy_interface_succeeds(monkeypatch):
         (dict(data_config="aloha"), "so100"),
         (dict(val_episodes=120), "nothing to train on"),
         (dict(lora_rank=4), "fresh"),
+        (dict(lora_rank=4, model_path="someone/model", tune_llm=True), "drop --tune-llm"),
+        (dict(lora_rank=4, model_path="someone/model", tune_diffusion_model=False), "--no-tune-diffusion-model"),
+        (dict(adam_betas=(0.9, 1.0)), "--adam-betas 0.9 1"),
+        (dict(noises_per_sample=0), "--noises-per-sample"),
         (dict(eval_only=True), "run folder"),
         (dict(execute_steps=17), "16 actions"),
         (dict(max_samples=0), "--max-samples"),
