@@ -247,7 +247,10 @@ RECIPES = {
     "FetchPickAndPlace": WITH_A_BLOCK,
 }  # fmt: skip
 # The default run's starting policy: a lite GR00T that saw too few frames for too short a time.
-START = "gr00t_finetune.py --model-path lite --max-samples 1000 --max-steps 200 --batch-size 32 --learning-rate 3e-3"
+START = (
+    "gr00t_finetune.py --model-path lite --max-samples 1000 --max-steps 200 --batch-size 32 --learning-rate 3e-3 "
+    "--adam-betas 0.95 0.999 --max-grad-norm 1"
+)
 
 
 def task_of(env_id: str) -> str:
@@ -487,13 +490,14 @@ class Agent(nn.Module):
             return self.model.backbone(batch)[0]
 
     def look(self, features: torch.Tensor, index: torch.Tensor, state: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What policy and critic see: VL features vl (B, S, W), state (B, 1, 64), condition (B, X).
+        """What policy and critic see: VL features vl (B or 1, S, W), state (B, 1, 64), condition (B, X).
 
         features (U, S, W) of the backbone, one of them for each distinct observation; index (B,) says which is whose.
         Every prompt of a run has the same length, so nothing is padded and there is no mask.
         """
         with self.autocast():
-            vl = self.model.process_backbone(features)[index].float()
+            vl = self.model.process_backbone(features).float()
+            vl = vl[index] if len(vl) > 1 else vl  # one row serves all
         # Of the backbone, not of the head that trains: features that drift would, standardised, drown the critic. And no
         # gradient of critic or noises reaches the backbone.
         condition = torch.cat([features.float().mean(1)[index], state], dim=-1).detach()
@@ -779,7 +783,8 @@ def anchor_targets(agent: Agent, start: nn.Module, cache: FeatureCache, rows: di
     for part in torch.arange(count, device=device).split(256):
         index, inverse = rows["frame"][part].unique(return_inverse=True)
         with agent.autocast():
-            vl = start.process_backbone(torch.stack([cache.features[i] for i in index.tolist()]))[inverse].float()
+            vl = start.process_backbone(torch.stack([cache.features[i] for i in index.tolist()])).float()
+            vl = vl[inverse] if len(vl) > 1 else vl
         state, noisy = rows["state"][part][:, None], torch.ones(len(part), dtype=torch.bool, device=device)
 
         def move(x, k, noisy):
