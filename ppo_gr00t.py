@@ -141,6 +141,7 @@ class Args:
     """adapters in the backbone too; its features are then not cached"""
     lora_targets: Literal["qkv", "qkvo"] = "qkv"
     """projections of each attention that get adapters"""
+    lora_dropout = 0.0  # no flag: with dropout, old and new policy would differ by it
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """attention kernel of the backbone"""
     gradient_checkpointing: bool = False

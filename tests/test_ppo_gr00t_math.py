@@ -318,7 +318,7 @@ def test_the_anchor_pulls_back_to_the_starting_policy(anchor):
     targets = p.anchor_targets(agent, start, cache, rows, torch.Generator().manual_seed(0), args)
     batch |= {key: value.unflatten(0, (4, 6)) for key, value in targets.items()}
     at_start = run_update(copy.deepcopy(agent), batch, cache, args)["anchor"]
-    assert (at_start == 0) if anchor == "kl" else (at_start > 0)
+    assert (at_start < 1e-6) if anchor == "kl" else (at_start > 0)
     with torch.no_grad():
         agent.model.action_head.action_decoder.layer2.b[31] += 0.2
     losses = [run_update(agent, batch, cache, args)["anchor"].item() for _ in range(30)]
@@ -393,7 +393,6 @@ def test_adapters_train_alone_and_merge_into_a_whole_model():
     args = replace(ARGS, lora_rank=4)
     agent = make_agent(args)
     plain = copy.deepcopy(agent.model.state_dict())
-    args.lora_dropout = 0.0
     adapters = p.add_lora(agent.model, args)
     p.set_trainable(agent.model, adapters, args, 1)
     assert adapters and all(not m.training for m in agent.model.modules())
@@ -508,7 +507,8 @@ def test_a_one_step_bandit_is_solved(sampler):
     actor = [q for q in agent.model.parameters() if q.requires_grad]
     actor += list(agent.noise_net.parameters()) if agent.noise_net else []
     groups = [{"params": actor}, {"params": [*agent.critic.parameters(), *agent.critic_head.parameters()]}]
-    optimizer, scaler = torch.optim.Adam(groups, lr=3e-3), torch.amp.GradScaler("cpu", enabled=False)
+    rate = 3e-3 if sampler == "flow-sde" else 1e-3  # two noisy steps and narrower noise: a sharper ratio
+    optimizer, scaler = torch.optim.Adam(groups, lr=rate), torch.amp.GradScaler("cpu", enabled=False)
     for _ in range(60):
         cache = FeatureCache(agent, torch.tensor([[1]]))
         frame, state = cache.add(None, 128), torch.rand(128, 4, generator=g) * 2 - 1
