@@ -1,8 +1,8 @@
 """PPO on a flow policy: the GR00T that `gr00t_finetune.py` made gets better by trial on the Fetch robot.
 
     policy      x_0 ~ N(0, I),  x_{k+1} = x_k + v(x_k, k / K) / K,  x_K = the next H actions: it has no density to speak of
-    exploration Flow-SDE: one step of the K, drawn at random, is x_{k+1} ~ N(mean(x_k, v), s_k^2), made so that x keeps its
-                marginals (arXiv 2510.25889); Flow-Noise: every step is N(x_k + v / K, sigma_phi^2) (arXiv 2505.22094)
+    exploration Flow-SDE: one step of the K is x_{k+1} ~ N(mean(x_k, v), s_k^2), made so that x keeps its marginals (arXiv
+                2510.25889); Flow-Noise: every step is N(x_k + v / K, sigma_phi^2) (arXiv 2505.22094)
     ratio       w = exp(log N(x_{k+1}; new mean) - log N(x_{k+1}; old mean)), summed over the actions that were executed
     advantage   over chunks of C executed actions: R_t = sum_k gamma^k r_k, discount gamma^C (GAE, arXiv 1506.02438)
     objective   minimise  mean of -min(w A, clip(w, 1 - eps, 1 + eps) A) + c_v (V - R)^2 - c_e H   (PPO, arXiv 1707.06347)
@@ -149,15 +149,14 @@ class Args:
 
     # flow
     sampler: Literal["flow-sde", "flow-sde-chain", "flow-noise"] = "flow-sde"
-    """where exploration comes from: one noisy step of the flow | all of them | learned noise at all of them"""
+    """where exploration comes from: one noisy step of the flow | noise at all of them | learned noise at all of them"""
     denoising_steps: int = 4
     """steps K of the flow, in training and evaluation"""
-    noise_level: float = 0.5
+    noise_level: float = 0.6
     """Flow-SDE: a in sigma(t) = a sqrt((1 - t) / t), 0.2 to 0.7"""
-    ignore_last: bool = True
-    """Flow-SDE: the last step is never noisy, so nothing noisy is executed as it is"""
-    only_last: bool = False
-    """Flow-SDE: the last step is always the noisy one; a policy that is sure of its actions undoes earlier noise"""
+    noisy_step: Literal["last", "any", "ignore-last"] = "last"
+    """Flow-SDE: which step is noisy. last: the executed action itself is; any; ignore-last: any but it, so that nothing
+    noisy is executed as it is, but a policy that is sure of its actions undoes such noise"""
     noise_range: tuple[float, float] = (0.08, 0.16)
     """Flow-Noise: bounds of the learned standard deviations, in units of normalised actions"""
 
@@ -182,7 +181,7 @@ class Args:
     """Adam step size of the policy at the start; default: by task; 5e-6 to 2e-5 for the full model"""
     critic_learning_rate: float = 1e-3
     """Adam step size of the critic at the start"""
-    critic_warmup: int = 2
+    critic_warmup: int = 1
     """iterations at the start that train the critic alone"""
     critic_epochs: int = 10
     """passes of the critic alone after those of both; its features are stored, so they cost next to nothing"""
@@ -239,11 +238,11 @@ class Args:
 
 
 # What differs by task where a flag is not given.
-WITH_A_BLOCK = dict(reward_mode="shaped", total_timesteps=480_000, num_envs=64, learning_rate=3e-4, gamma=0.95,
-                    num_minibatches=4, update_epochs=4, target_kl=0.1)  # fmt: skip
+WITH_A_BLOCK = dict(reward_mode="shaped", total_timesteps=320_000, num_envs=64, learning_rate=6e-5, gamma=0.95,
+                    num_minibatches=4, update_epochs=5, target_kl=0.1)  # fmt: skip
 RECIPES = {
-    "FetchReach": dict(reward_mode="dense", total_timesteps=64_000, num_envs=64, learning_rate=3e-4, gamma=0.9,
-                       num_minibatches=4, update_epochs=3, target_kl=0.1),
+    "FetchReach": dict(reward_mode="dense", total_timesteps=48_000, num_envs=64, learning_rate=6e-5, gamma=0.9,
+                       num_minibatches=4, update_epochs=5, target_kl=0.1),
     "FetchPush": WITH_A_BLOCK,
     "FetchPickAndPlace": WITH_A_BLOCK,
 }  # fmt: skip
@@ -666,12 +665,12 @@ def unfreezing(args: Args) -> list[tuple[int, int]]:
 
 def noisy_steps(args: Args) -> tuple[range, int]:
     """(where the noisy steps of a decision may begin, their number M)."""
-    K = args.denoising_steps
+    K, ignore_last = args.denoising_steps, args.noisy_step == "ignore-last"
     if args.sampler == "flow-noise":
         return range(1), K
     if args.sampler == "flow-sde-chain":
-        return range(1), K - args.ignore_last
-    return range(K - 1, K) if args.only_last else range(K - args.ignore_last), 1
+        return range(1), K - ignore_last
+    return range(K - 1, K) if args.noisy_step == "last" else range(K - ignore_last), 1
 
 
 def transition(
@@ -1184,7 +1183,7 @@ def check(args: Args, world: World) -> None:
     if not 0 < args.noise_range[0] < args.noise_range[1]:
         fail(f"--noise-range {args.noise_range[0]} {args.noise_range[1]}: two positive numbers, the smaller one first")
     if not noisy_steps(args)[0] or not noisy_steps(args)[1]:
-        fail("--denoising-steps 1 with --ignore-last leaves no step to be noisy; add --no-ignore-last")
+        fail("--denoising-steps 1 with --noisy-step ignore-last leaves no step to be noisy; add --noisy-step last")
     if args.sampler == "flow-noise" and not args.critic_warmup:
         fail("--critic-warmup 0: Flow-Noise learns its features' statistics from the first iteration; give at least 1")
     if any(len(e.split(":")) != 2 or not e.replace(":", "").isdigit() for e in args.unfreeze):

@@ -20,7 +20,7 @@ from ppo_gr00t import Agent, Args, FeatureCache, chain_logprobs, executed_mask, 
 SAMPLERS = ("flow-sde", "flow-sde-chain", "flow-noise")
 ARGS = replace(
     p.resolve(Args()), num_envs=6, num_steps=4, num_minibatches=2, update_epochs=2, hidden=16, execute_steps=3,
-    learning_rate=1e-3, target_kl=0.0,
+    learning_rate=1e-3, target_kl=0.0, noisy_step="ignore-last",
 )  # fmt: skip
 SMALL = dict(num_embodiments=32, dit_layers=2, dit_heads=2, dit_head_dim=8, vl_heads=2, vl_head_dim=8, hidden_size=16)
 SMALL |= dict(action_horizon=4, action_dim=6, state_dim=8, num_future_tokens=2)
@@ -165,12 +165,13 @@ def test_the_density_of_a_chain_is_that_of_its_normals(sampler):
         assert 0.08 <= stds.min() and stds.max() <= 0.16
 
 
-def test_the_last_step_is_noisy_only_if_asked():
-    for args, last in ((replace(ARGS, ignore_last=True), 2), (replace(ARGS, ignore_last=False), 3)):
+def test_noise_visits_the_steps_that_were_asked_for():
+    for noisy_step, visited in (("last", [3]), ("any", [0, 1, 2, 3]), ("ignore-last", [0, 1, 2])):
+        args = replace(ARGS, noisy_step=noisy_step)
         batch, _ = collect(make_agent(args), replace(args, num_envs=40))
-        assert batch["first"].unique().tolist() == list(range(last + 1))
-    assert p.noisy_steps(replace(ARGS, only_last=True)) == (range(3, 4), 1)
-    assert p.noisy_steps(replace(ARGS, sampler="flow-sde-chain", ignore_last=False)) == (range(1), 4)
+        assert batch["first"].unique().tolist() == visited
+    assert p.noisy_steps(replace(ARGS, sampler="flow-sde-chain")) == (range(1), 4)
+    assert p.noisy_steps(replace(ARGS, sampler="flow-sde-chain", noisy_step="ignore-last")) == (range(1), 3)
     assert p.noisy_steps(replace(ARGS, sampler="flow-noise")) == (range(1), 4)
 
 

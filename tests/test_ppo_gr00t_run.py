@@ -287,7 +287,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, flags, tmp_path)
         (dict(env_id="FetchSlide-v4"), "FetchPush-v4"),
         (dict(env_id="CartPole-v1"), "FetchReach-v4"),
         (dict(execute_steps=17), "16"),
-        (dict(denoising_steps=1), "--no-ignore-last"),
+        (dict(denoising_steps=1, noisy_step="ignore-last"), "--noisy-step last"),
         (dict(num_minibatches=3), "does not divide"),
         (dict(num_envs=3), "--env-groups"),
         (dict(embodiment_tag="gr1"), "no statistics"),
