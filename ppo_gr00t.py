@@ -246,10 +246,10 @@ RECIPES = {
     "FetchPush": WITH_A_BLOCK,
     "FetchPickAndPlace": WITH_A_BLOCK,
 }  # fmt: skip
-# The default run's starting policy: a lite GR00T that saw too few frames for too short a time.
+# The default run's starting policy: a lite GR00T that saw too few frames.
 START = (
-    "gr00t_finetune.py --model-path lite --max-samples 1000 --max-steps 200 --batch-size 32 --learning-rate 3e-3 "
-    "--adam-betas 0.95 0.999 --max-grad-norm 1"
+    "gr00t_finetune.py --model-path lite --max-samples 150 --max-steps 400 --batch-size 32 --learning-rate 6e-3 "
+    "--adam-betas 0.9 0.95 --max-grad-norm 10"
 )
 
 
