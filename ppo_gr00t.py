@@ -248,7 +248,7 @@ RECIPES = {
 }  # fmt: skip
 # The default run's starting policy: a lite GR00T that saw too few frames.
 START = (
-    "gr00t_finetune.py --model-path lite --max-samples 150 --max-steps 400 --batch-size 32 --learning-rate 6e-3 "
+    "gr00t_finetune.py --model-path lite --max-samples 80 --max-steps 400 --batch-size 32 --learning-rate 6e-3 "
     "--adam-betas 0.9 0.95 --max-grad-norm 10"
 )
 
