@@ -213,10 +213,10 @@ class Args:
 
 
 # What differs by model size where a flag is not given.
-SHORT = dict(learning_rate=6e-3, adam_betas=(0.9, 0.95), max_grad_norm=10.0)  # a minute of training: large steps
+SHORT = dict(adam_betas=(0.9, 0.95), max_grad_norm=10.0)  # minutes of training: large steps, short memory
 RECIPES = {
-    "tiny": SHORT | dict(max_steps=1500, batch_size=16, noises_per_sample=4),
-    "lite": SHORT | dict(max_steps=2000, batch_size=64, noises_per_sample=1),
+    "tiny": SHORT | dict(max_steps=1800, batch_size=16, noises_per_sample=4, learning_rate=5e-3),
+    "lite": SHORT | dict(max_steps=2000, batch_size=64, noises_per_sample=1, learning_rate=6e-3),
     "full": dict(max_steps=10_000, batch_size=32, noises_per_sample=1, learning_rate=1e-4, adam_betas=(0.95, 0.999),
                  max_grad_norm=1.0),
 }  # fmt: skip
@@ -1128,7 +1128,8 @@ def draw_open_loop(result: dict, names: list[str], path: Path) -> Path:
 
     columns = min(len(names), 3)
     lines = -(-len(names) // columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(4.4 * columns, 1.9 * lines + 0.6), squeeze=False, sharex=True)
+    height = 1.9 * lines + 0.6
+    fig, axes = plt.subplots(lines, columns, figsize=(4.4 * columns, height), squeeze=False, sharex=True)
     for i, (ax, name) in enumerate(zip(axes.flat, names)):
         ax.plot(result["recorded"][:, i], color="0.3", linewidth=1.2, label="recorded")
         ax.plot(result["predicted"][:, i], color="C1", linewidth=1.2, label="predicted")
@@ -1141,8 +1142,8 @@ def draw_open_loop(result: dict, names: list[str], path: Path) -> Path:
         ax.axis("off")
     axes.flat[0].legend(fontsize=7)
     mse = np.mean((result["predicted"] - result["recorded"]) ** 2)
-    fig.suptitle(f"episode {result['episode']}: {result['instruction']}; MSE {mse:.4g}", fontsize=9)
-    fig.tight_layout()
+    fig.suptitle(f"episode {result['episode']}: {result['instruction']}; MSE {mse:.4g}", fontsize=9, y=1 - 0.1 / height)
+    fig.tight_layout(rect=(0, 0, 1, 1 - 0.25 / height))
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
     plt.close(fig)

@@ -63,10 +63,10 @@ FIGURES = {
     },
     "gr00t_finetune": {
         "learning": [
-            ("loss", "step", ["train/loss", "val/loss"]),
-            ("loss against time", SECONDS, ["train/loss", "val/loss"]),
+            ("loss, log scale", "step", ["train/loss", "val/loss"]),
+            ("loss against time, log scale", SECONDS, ["train/loss", "val/loss"]),
             (
-                "validation loss by time of the flow (0: noise)",
+                "validation loss by time of the flow (0: noise), log scale",
                 "step",
                 [f"val/loss_t/{i / 4:.2f}-{(i + 1) / 4:.2f}" for i in range(4)],
             ),
@@ -119,6 +119,8 @@ def figure(runs: list[Path], panels: list, out: Path, caption: str) -> Path:
             if len(runs) == 1 and len(metrics) <= 3 and len(low[0]):
                 ax.fill_between(low[0], low[1], high[1], color=color, alpha=0.15, linewidth=0)
         ax.set_title(title, fontsize=10)
+        if title.endswith("log scale"):
+            ax.set_yscale("log")
         ax.set_xlabel("seconds" if x.startswith("time/") else x, fontsize=9)
         ax.grid(alpha=0.3)
         if ax.lines:
