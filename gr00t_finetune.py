@@ -993,8 +993,11 @@ def autocast(args: Args, device: torch.device):
 
 
 @torch.no_grad()
-def validation_loss(model: GR00T, data: Demonstrations, rows: np.ndarray, args: Args, device: torch.device) -> dict:
-    """Loss on held-out frames: evenly spaced ones, without augmentation, the same noise and times at every call."""
+def validate(model: GR00T, data: Demonstrations, rows: np.ndarray, args: Args, device: torch.device) -> dict:
+    """Loss and error of the sampled actions on held-out frames: evenly spaced ones, the same noise and times every time.
+
+    The loss is not what a policy is for: most of it is the last stretch of the flow, which the samples hardly feel.
+    """
     model.eval()
     count = min(len(rows), args.eval_batches * args.batch_size)
     chosen = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
@@ -1005,7 +1008,8 @@ def validation_loss(model: GR00T, data: Demonstrations, rows: np.ndarray, args: 
         with autocast(args, device):
             error, valid, t = velocity_error(model, batch, batch["noise"], batch["t"])
         tally.add(error, valid, t)
-    return tally.metrics("val", action_names(data))
+    error = predict_chunks(model, data, chosen, args, device, args.denoising_steps) - data.actions(chosen)
+    return tally.metrics("val", action_names(data)) | {"val/mse": float(np.mean(error[..., : data.dims] ** 2))}
 
 
 def action_names(data: Demonstrations) -> list[str]:
@@ -1530,7 +1534,7 @@ def run(
         prune(run_dir, args.keep)
 
     if args.eval_only:
-        metrics = (validation_loss(model, data, val_rows, args, device) if world.main else {}) | finish(0)
+        metrics = (validate(model, data, val_rows, args, device) if world.main else {}) | finish(0)
         logger.log(0, metrics)
         report(metrics, {})
         logger.say(f"evaluated {args.model_path}; {run_dir}")
@@ -1566,7 +1570,7 @@ def run(
             f"log {run_dir}"
         )
         state["base"], _ = evaluate("base")
-        first = validation_loss(model, data, val_rows, args, device) if world.main and len(val_rows) else {}
+        first = validate(model, data, val_rows, args, device) if world.main and len(val_rows) else {}
         logger.log(0, state["base"] | first)
     order = Order(data, train_rows, set_weights(sets, args.balance_dataset_weights), args)
     workers = {"num_workers": args.num_workers}
@@ -1630,10 +1634,10 @@ def run(
                 metrics["time/memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         if ending or (args.eval_every and step % args.eval_every == 0):
             if world.main and len(val_rows):
-                metrics |= validation_loss(model, data, val_rows, args, device)
+                metrics |= validate(model, data, val_rows, args, device)
                 state["last"]["val/loss"] = metrics["val/loss"]
-                if state["best"] is None or metrics["val/loss"] < state["best"]["loss"]:
-                    state["best"] = {"loss": metrics["val/loss"], "step": step}
+                if state["best"] is None or metrics["val/mse"] < state["best"]["mse"]:
+                    state["best"] = {"mse": metrics["val/mse"], "step": step}
         stopped = any(world.gather([stop.number is not None]))
         is_best = state["best"] is not None and state["best"]["step"] == step
         if stopped or ending or is_best or (args.save_steps and step % args.save_steps == 0):

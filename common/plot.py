@@ -63,8 +63,8 @@ FIGURES = {
     },
     "gr00t_finetune": {
         "learning": [
-            ("loss, log scale", "step", ["train/loss", "val/loss"]),
-            ("loss against time, log scale", SECONDS, ["train/loss", "val/loss"]),
+            ("loss and error of sampled actions, log scale", "step", ["train/loss", "val/loss", "val/mse"]),
+            ("the same against time, log scale", SECONDS, ["train/loss", "val/loss", "val/mse"]),
             (
                 "validation loss by time of the flow (0: noise), log scale",
                 "step",
