@@ -17,6 +17,7 @@ must occur exactly once. That is how the pages' ablations are meant to be done: 
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,12 +32,21 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from grpo_arithmetic import EVAL_BANDS, draw_problem, load_problems, wilson
+from grpo_arithmetic import EVAL_BANDS, draw_problem, extract_answer, load_problems, wilson
 
 RESULTS = ROOT / "docs" / "results" / "ablations"
 EVAL_FILE = ROOT / "assets" / "arithmetic_eval.jsonl"
 STEPS = 60
-CURVE = ["reward", "accuracy", "kl", "entropy", "frac_reward_zero_std", "completions/mean_length"]  # of every step
+CURVE = [
+    "reward",
+    "accuracy",
+    "kl",
+    "entropy",
+    "frac_reward_zero_std",
+    "completions/mean_length",
+    "refilled_completions",
+]  # of every step
+TASK_METRIC = r"eval_(arithmetic|words|letters|comparison|binary|word_problems)_(accuracy|accuracy_n|greedy)"
 # two-sided 95 % quantiles of Student's t, by degrees of freedom
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -77,6 +87,11 @@ def cut(characters: str) -> tuple[tuple[str, str], ...]:
 
 def generations(G: int) -> Setting:
     return Setting(str(G), {"num_generations": G, "n_samples": 256 // G})
+
+
+def mixture(name, tasks=("arithmetic", "words", "comparison"), proportions=(2, 1, 1), **flags) -> Setting:
+    flags |= {"tasks": tasks, "proportions": proportions, "task_eval_problems": 100}
+    return Setting(name, flags, script="grpo_mixed.py")
 
 
 # grid -> what it asks, the setting the others are compared with (first), the settings
@@ -156,6 +171,18 @@ GRIDS: dict[str, tuple[str, list[Setting]]] = {
             Setting("sft alone", {"epochs": 1, "learning_rate": 1e-12, "eval_every": 0}, sft_epochs=3),
             Setting("sft, then grpo", sft_epochs=3),
             Setting("grpo, 108 steps", {"epochs": 108, "eval_every": 36}),
+        ],
+    ),
+    "mixture": (
+        "Arithmetic alone against mixtures, at equal steps and completions (validation: arithmetic problems)",
+        [
+            mixture("arithmetic alone", ("arithmetic",), (1,)),
+            mixture("50 / 25 / 25"),
+            mixture("25 / 25 / 50 comparison", proportions=(1, 1, 2)),
+            mixture("balanced", sampling="balanced"),
+            mixture("adaptive", sampling="adaptive"),
+            mixture("refill 2", refill=2),
+            mixture("tasks one by one", curriculum="tasks"),
         ],
     ),
 }  # fmt: skip
@@ -295,26 +322,19 @@ def curve_of(metrics: list[dict]) -> dict[str, list]:
 
 def evaluations_of(metrics: list[dict], answers: list[dict], validation: set[str]) -> list[dict]:
     """One entry an evaluation: sampled and greedy accuracy on both problem sets, and the tasks of the mixed script."""
-    found = []
+    found, standard = [], {p.prompt for p in load_problems(str(EVAL_FILE))}
     for row in metrics:
         if "arithmetic_eval" not in row:
             continue
         entry = {"step": row["step"]}
-        for name in ("validation", "eval"):
-            mine = [a for a in answers if a["step"] == row["step"]]
-            mine = [a for a in mine if (a["prompt"] in validation) == (name == "validation")]
+        for name, prompts in (("validation", validation), ("eval", standard)):
+            mine = [a for a in answers if a["step"] == row["step"] and a["prompt"] in prompts]
             entry[f"{name}_k"] = round(sum(a["accuracy"] for a in mine), 4)  # of n problems, by their mean over samples
             entry[f"{name}_n"] = len(mine)
-            entry[f"{name}_greedy_k"] = sum(extract(a["greedy"]) == a["expected"] for a in mine)
-        tasks = {k: short(v) for k, v in row.items() if k.startswith("eval/") and not k.endswith(("_low", "_high"))}
+            entry[f"{name}_greedy_k"] = sum(extract_answer(a["greedy"]) == a["expected"] for a in mine)
+        tasks = {k: short(v) for k, v in row.items() if re.fullmatch(TASK_METRIC, k)}
         found.append(entry | tasks)
     return found
-
-
-def extract(text: str) -> str:
-    from grpo_arithmetic import extract_answer
-
-    return extract_answer(text)
 
 
 def supervised(
@@ -434,7 +454,31 @@ def table(grid: str, found: dict[str, list[dict]]) -> str:
             f"{first:.2f} → {last:.2f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + task_table(grid, found)
+
+
+def task_table(grid: str, found: dict[str, list[dict]]) -> str:
+    """Held-out accuracy of every task, before and after, and the completions that refilling cost; "" without tasks."""
+    rows = [r for rows in found.values() for r in rows]
+    names = list(
+        dict.fromkeys(
+            k
+            for r in rows
+            for k in r["evaluations"][-1]
+            if re.fullmatch(TASK_METRIC.replace("(accuracy|accuracy_n|greedy)", "accuracy"), k)
+        )
+    )
+    if not names:
+        return ""
+    lines = ["| held-out accuracy | " + " | ".join(n.split("_")[1] for n in names) + " | refilled completions a step |"]
+    lines += ["|---" * (len(names) + 2) + "|"]
+    before = {n: next(r["evaluations"][0][n] for r in rows if n in r["evaluations"][0]) for n in names}
+    lines += ["| base model | " + " | ".join(f"{before[n]:.3f}" for n in names) + " | |"]
+    for name, mine in found.items():
+        cells = [[r["evaluations"][-1][n] for r in mine if n in r["evaluations"][-1]] for n in names]
+        cost = [np.mean(r["curve"].get("refilled_completions", [0])) for r in mine] or [0]
+        lines += [f"| {name} | " + " | ".join(spread(c) if c else "" for c in cells) + f" | {np.mean(cost):.0f} |"]
+    return "\n".join(["", *lines]) + "\n"
 
 
 def draw(grid: str, found: dict[str, list[dict]], out: Path) -> None:

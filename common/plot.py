@@ -63,6 +63,21 @@ FIGURES = {
     },
 }
 
+# the mixed script's tasks; those that are not in a run draw nothing
+TASKS = ("arithmetic", "words", "letters", "comparison", "binary", "word_problems")
+FIGURES["grpo_mixed"] = {
+    "learning": [
+        ("held-out accuracy by task", "step", [f"eval_{task}_accuracy" for task in TASKS]),
+        ("transfer to the standard evaluation", "step", ["arithmetic_eval", "arithmetic_eval_greedy", "train/reward"]),
+        ("train accuracy by task", "step", [f"train/{task}/accuracy" for task in TASKS]),
+    ],
+    "health": [
+        *FIGURES["grpo_arithmetic"]["health"][:2],
+        ("groups without spread by task", "step", [f"train/{task}/frac_reward_zero_std" for task in TASKS]),
+        *FIGURES["grpo_arithmetic"]["health"][3:],
+    ],
+}
+
 
 def read_metrics(run_dir: Path) -> list[dict]:
     path = run_dir / "metrics.jsonl" if run_dir.is_dir() else run_dir
