@@ -1,6 +1,7 @@
 """Whole runs of grpo_mixed.py: what they log by task, refill, resume, refuse, and that they learn."""
 
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -24,9 +25,11 @@ SMALL = dict(
 
 @pytest.fixture
 def run(tmp_path, micro_model_folder, monkeypatch):
-    """Runs main() in this process with SMALL settings; returns (exit code, run folder)."""
+    """Runs main() in this process with SMALL settings; returns (exit code, run folder). No figures but on request."""
+    draw_figures = mixed.plot.draw
 
-    def start(**flags):
+    def start(figures=False, **flags):
+        monkeypatch.setattr(mixed.plot, "draw", draw_figures if figures else lambda *_: [])
         settings = {"model_name": micro_model_folder, "output_dir": str(tmp_path / "runs")} | SMALL | flags
         settings = {"resume": flags["resume"]} if "resume" in flags else settings
         argv = ["grpo_mixed.py"]
@@ -59,7 +62,7 @@ def timeless(run_dir: Path):
 
 
 def test_a_run_logs_by_task_what_its_tables_and_its_page_say(run):
-    code, folder = run(log_completions=24)
+    code, folder = run(log_completions=24, figures=True)
     assert code == 0
     tables, metrics = rows(folder, "completions"), [row for row in rows(folder) if "train/reward" in row]
     for row in metrics:
@@ -95,17 +98,16 @@ def test_a_run_logs_by_task_what_its_tables_and_its_page_say(run):
 
 def test_a_resumed_run_equals_an_unbroken_one_with_adaptive_shares_refills_and_a_curriculum(run):
     flags = dict(sampling="adaptive", refill=2, curriculum="tasks", tasks=("words", "binary", "comparison"))
-    _, whole = run(**flags)
-    expected, weights = timeless(whole), load_file(whole / "last" / "model.safetensors")
-    assert {row.get("train/curriculum_level") for row in expected} >= {0.0, 1.0, 2.0}
-    # as if it had been killed after step 4
-    (whole / "last").unlink()
-    (whole / "last").symlink_to("checkpoints/step-000004")
-    code, again = run(resume=str(whole))
-    assert code == 0 and again == whole
-    assert timeless(whole) == expected
-    resumed = load_file(whole / "last" / "model.safetensors")
-    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    _, whole = run(keep=10, **flags)
+    assert {row.get("train/curriculum_level") for row in rows(whole)} >= {0.0, 1.0, 2.0}
+    broken = whole.with_name("broken")
+    shutil.copytree(whole, broken, symlinks=True)
+    shutil.rmtree(broken / "checkpoints" / "step-000008")
+    assert run(resume=str(broken))[0] == 0
+    assert timeless(broken) == timeless(whole)
+    assert (broken / "completions.jsonl").read_text() == (whole / "completions.jsonl").read_text()
+    a, b = (load_file(folder / "checkpoints" / "step-000008" / "model.safetensors") for folder in (broken, whole))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_groups_without_spread_are_drawn_again_and_the_cost_is_logged(run):
@@ -161,13 +163,16 @@ def test_bad_input_ends_in_one_line_before_a_model_is_loaded(run, capsys, monkey
 def test_a_mixture_of_two_toy_tasks_is_learnt_at_once(run, monkeypatch):
     """The same completion is right for one task and wrong for the other: the prompt must be read."""
 
-    def draw(word, answer):
-        return lambda rng, level: mixed.Problem(f"{word} {rng.integers(10**6)}: ", answer)
+    def draw(form, answer):
+        return lambda rng, level: mixed.Problem(form.format(rng.integers(10**6)), answer)
 
-    toys = {"zeros": (draw("Zero", "0"), mixed.extract_answer), "ones": (draw("One", "1"), mixed.extract_answer)}
+    toys = {
+        "zeros": (draw("{} 00000: ", "0"), mixed.extract_answer),
+        "ones": (draw("{} 1+1+1: ", "1"), mixed.extract_answer),
+    }
     monkeypatch.setattr(mixed, "TASKS", mixed.TASKS | toys)
     _, folder = run(
-        tasks=("zeros", "ones"), batch_size=128, num_generations=16, n_samples=160, epochs=3, learning_rate=1e-2, beta=0.0,
+        tasks=("zeros", "ones"), batch_size=256, num_generations=32, n_samples=80, epochs=8, learning_rate=5e-3, beta=0.0,
         eval_every=0, save_every=0, eval_samples=2, task_eval_problems=20,
     )  # fmt: skip
     first, last = [r for r in rows(folder) if "eval_ones_accuracy" in r]
