@@ -384,3 +384,14 @@ def test_a_task_of_ones_own_is_two_functions_and_a_line(monkeypatch):
 
 def test_numbers_are_read_by_the_one_function_of_all_tasks():
     assert {TASKS[t][1] for t in ("arithmetic", "words", "letters")} == {extract_answer}
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_the_ten_ablations_of_the_page_find_their_line(number):
+    """One line out, one line in, in one file that still compiles."""
+    blocks = (ROOT / "docs" / "grpo_mixed.md").read_text().split("```diff\n")[1:]
+    assert len(blocks) == 10
+    old, new = blocks[number].split("```")[0].splitlines()
+    script = (ROOT / "grpo_mixed.py").read_text()
+    assert old[0] == "-" and new[0] == "+" and script.count(old[1:] + "\n") == 1
+    compile(script.replace(old[1:], new[1:]), "grpo_mixed.py", "exec")
