@@ -289,7 +289,8 @@ def read_rows(flag: str, source: str, columns: tuple[str, ...], splits: tuple[st
         try:
             found = datasets.load_dataset(source)
         except Exception as error:  # the library raises a dozen kinds; each means the data are not to be had
-            fail(f"{flag} '{source}' is no file and cannot be downloaded ({type(error).__name__}){hint}")
+            reason = f"is neither a file nor a data set that can be downloaded ({type(error).__name__})"
+            fail(f"{flag} '{source}' {reason}{hint}")
         rows = list(found[next((split for split in splits if split in found), next(iter(found)))])
     if not rows or not all(isinstance(row, dict) for row in rows):
         fail(f"{flag} '{source}' holds no problems: one JSON object a line is expected")
@@ -1007,6 +1008,16 @@ def check_evaluation(args: Args) -> None:
         fail("--eval-temperature must not be negative; 0 is greedy")
 
 
+def check_problems(args: Args) -> None:
+    if not args.operations or set(args.operations) - set(OPERATION_NAMES):
+        fail(f"--operations {args.operations!r}: any of + - * / without blanks, such as '+-*'")
+    weights = args.op_weights
+    if weights is not None and (len(weights) != len(args.operations) or min(weights) < 0 or sum(weights) <= 0):
+        fail(f"--op-weights needs {len(args.operations)} weights, none negative and not all 0, for '{args.operations}'")
+    if args.min_num > args.max_num:
+        fail(f"--min-num {args.min_num} is above --max-num {args.max_num}")
+
+
 def check_training(args: Args, world: World, excluded: set[str]) -> None:
     """Every wrong combination of flags ends here, before a model is loaded, in one line."""
     B, G = args.batch_size, args.num_generations
@@ -1032,13 +1043,6 @@ def check_training(args: Args, world: World, excluded: set[str]) -> None:
         fail(f"unknown reward {sorted(unknown)[0]!r}; known: {', '.join(REWARDS)}")
     if not args.rewards or len(args.reward_weights) != len(args.rewards):
         fail(f"{len(args.reward_weights)} --reward-weights for {len(args.rewards)} --rewards; give one each")
-    if not args.operations or set(args.operations) - set(OPERATION_NAMES):
-        fail(f"--operations {args.operations!r}: any of + - * / without blanks, such as '+-*'")
-    weights = args.op_weights
-    if weights is not None and (len(weights) != len(args.operations) or min(weights) < 0 or sum(weights) <= 0):
-        fail(f"--op-weights needs {len(args.operations)} weights, none negative and not all 0, for '{args.operations}'")
-    if args.min_num > args.max_num:
-        fail(f"--min-num {args.min_num} is above --max-num {args.max_num}")
     if args.fresh and args.curriculum != "none":
         if P > (least := min(available(level, excluded) for level in levels_of(args))):
             fail(f"--fresh needs {P} new problems a step, but a level of the curriculum has only {least}; leave it out")
@@ -1149,6 +1153,7 @@ def main(args: Args) -> None:
     excluded = {p.prompt for p in eval_problems} if args.exclude_eval else set()
     args = resolve(args, config, excluded)
     check_evaluation(args)
+    check_problems(args)
     if not args.eval_only:
         check_training(args, world, excluded)
     levels = levels_of(args)

@@ -9,7 +9,7 @@
 Every line of the algorithm that is an equation carries it: grep for "eq:".
 
 A task is a function that draws a problem, and a parser of its answers: see TASKS. diff grpo_arithmetic.py grpo_mixed.py
-shows what a mixture changes: tasks, shares, a split by prompt, groups drawn again, metrics by task.
+shows what a mixture changes: tasks and their shares, a split by prompt, accuracies by task.
 
 Left out on purpose: vLLM (the generation loop is here), LoRA, chat templates, rewards from a model.
 
@@ -319,7 +319,8 @@ def read_rows(flag: str, source: str, columns: tuple[str, ...], splits: tuple[st
         try:
             found = datasets.load_dataset(source)
         except Exception as error:  # the library raises a dozen kinds; each means the data are not to be had
-            fail(f"{flag} '{source}' is no file and cannot be downloaded ({type(error).__name__}){hint}")
+            reason = f"is neither a file nor a data set that can be downloaded ({type(error).__name__})"
+            fail(f"{flag} '{source}' {reason}{hint}")
         rows = list(found[next((split for split in splits if split in found), next(iter(found)))])
     if not rows or not all(isinstance(row, dict) for row in rows):
         fail(f"{flag} '{source}' holds no problems: one JSON object a line is expected")
@@ -1129,6 +1130,22 @@ def check_evaluation(args: Args) -> None:
         fail("--eval-temperature must not be negative; 0 is greedy")
 
 
+def check_problems(args: Args) -> None:
+    if not args.operations or set(args.operations) - set(OPERATION_NAMES):
+        fail(f"--operations {args.operations!r}: any of + - * / without blanks, such as '+-*'")
+    weights = args.op_weights
+    if weights is not None and (len(weights) != len(args.operations) or min(weights) < 0 or sum(weights) <= 0):
+        fail(f"--op-weights needs {len(args.operations)} weights, none negative and not all 0, for '{args.operations}'")
+    if args.min_num >= args.max_num:
+        fail(f"--min-num {args.min_num} must be below --max-num {args.max_num}")
+    if unknown := [task for task in args.tasks if task not in TASKS]:
+        fail(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
+    if not args.tasks or len(set(args.tasks)) < len(args.tasks) or args.task_eval_problems < 1:
+        fail("--tasks needs at least one task, each once, and --task-eval-problems at least 1")
+    if len(args.proportions) != len(args.tasks) or min(args.proportions) <= 0:
+        fail(f"--proportions needs {len(args.tasks)} numbers above 0, one for each of --tasks {' '.join(args.tasks)}")
+
+
 def check_training(args: Args, world: World) -> None:
     """Every wrong combination of flags ends here, before a model is loaded, in one line."""
     B, G = args.batch_size, args.num_generations
@@ -1154,24 +1171,8 @@ def check_training(args: Args, world: World) -> None:
         fail(f"unknown reward {sorted(unknown)[0]!r}; known: {', '.join(REWARDS)}")
     if not args.rewards or len(args.reward_weights) != len(args.rewards):
         fail(f"{len(args.reward_weights)} --reward-weights for {len(args.rewards)} --rewards; give one each")
-    if not args.operations or set(args.operations) - set(OPERATION_NAMES):
-        fail(f"--operations {args.operations!r}: any of + - * / without blanks, such as '+-*'")
-    weights = args.op_weights
-    if weights is not None and (len(weights) != len(args.operations) or min(weights) < 0 or sum(weights) <= 0):
-        fail(f"--op-weights needs {len(args.operations)} weights, none negative and not all 0, for '{args.operations}'")
-    if args.min_num >= args.max_num:
-        fail(f"--min-num {args.min_num} must be below --max-num {args.max_num}")
     if P > args.n_samples:
         fail(f"{P} prompts per step of only {args.n_samples} training problems; raise --n-samples")
-
-
-def check_tasks(args: Args) -> None:
-    if unknown := [task for task in args.tasks if task not in TASKS]:
-        fail(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
-    if not args.tasks or len(set(args.tasks)) < len(args.tasks) or args.task_eval_problems < 1:
-        fail("--tasks needs at least one task, each once, and --task-eval-problems at least 1")
-    if len(args.proportions) != len(args.tasks) or min(args.proportions) <= 0:
-        fail(f"--proportions needs {len(args.tasks)} numbers above 0, one for each of --tasks {' '.join(args.tasks)}")
 
 
 def check_lengths(args: Args, tokenizer, config, problems: list[Problem]) -> None:
@@ -1265,7 +1266,7 @@ def main(args: Args) -> None:
     excluded = {p.prompt for p in eval_problems} if args.exclude_eval else set()
     args = resolve(args, config)
     check_evaluation(args)
-    check_tasks(args)
+    check_problems(args)
     if not args.eval_only:
         check_training(args, world)
     levels = levels_of(args)

@@ -69,13 +69,9 @@ FIGURES["grpo_mixed"] = {
     "learning": [
         ("held-out accuracy by task", "step", [f"eval_{task}_accuracy" for task in TASKS]),
         ("transfer to the standard evaluation", "step", ["arithmetic_eval", "arithmetic_eval_greedy", "train/reward"]),
-        ("train accuracy by task", "step", [f"train/{task}/accuracy" for task in TASKS]),
+        ("solve rate of training problems by task", "step", [f"train/{task}/solve_rate" for task in TASKS]),
     ],
-    "health": [
-        *FIGURES["grpo_arithmetic"]["health"][:2],
-        ("groups without spread by task", "step", [f"train/{task}/frac_reward_zero_std" for task in TASKS]),
-        *FIGURES["grpo_arithmetic"]["health"][3:],
-    ],
+    "health": FIGURES["grpo_arithmetic"]["health"],
 }
 
 

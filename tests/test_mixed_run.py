@@ -146,6 +146,8 @@ def test_rows_are_replaced_at_any_length():
         (dict(proportions=(1.0, 0.0, 1.0)), "above 0"),
         (dict(min_num=5, max_num=5), "must be below"),
         (dict(min_num=0, max_num=1), "widen the numbers"),
+        (dict(eval_only=True, operations="x"), "--operations"),
+        (dict(eval_only=True, min_num=9, max_num=9), "must be below"),
         (dict(n_samples=3), "6 prompts per step of only 3"),
         (dict(refill=-1), "--refill"),
         (dict(batch_size=25), "multiple of"),

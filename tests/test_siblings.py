@@ -18,6 +18,7 @@ CHANGED = {
         "is_correct",
         "evaluate",  # each task's accuracy beside the standard evaluation
         "resolve",
+        "check_problems",
         "check_training",
         "main",
         "run",
