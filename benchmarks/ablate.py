@@ -106,10 +106,11 @@ GRIDS: dict[str, tuple[str, list[Setting]]] = {
     ),
     "misaligned": (
         "Does the research code's cut (the reward reads the completion from character len(prompt) on) give its curves: "
-        "reward up, evaluation down? 40 tokens, so that the cut leaves something; the bundled model's own chatter "
-        "('the answer is ', 'let me think. ') is 14 characters long",
+        "reward up, evaluation down? The bundled model answers in 3 characters and stops, so that nothing stands where the "
+        "cut looks; one character on, 1 % of its samples are right by chance (40 tokens a completion)",
         [
             Setting("aligned", {"max_completion_length": 40}),
+            Setting("cut at 1", {"max_completion_length": 40}, cut("1")),
             Setting("cut at len(prompt)", {"max_completion_length": 40}, cut("len(problem.prompt)")),
             Setting("cut at 14", {"max_completion_length": 40}, cut("14")),
         ],
