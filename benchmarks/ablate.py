@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 from grpo_arithmetic import EVAL_BANDS, draw_problem, extract_answer, load_problems, wilson
 
 RESULTS = ROOT / "docs" / "results" / "ablations"
+CLAIMS = ROOT / "docs" / "origin_claims.md"
 EVAL_FILE = ROOT / "assets" / "arithmetic_eval.jsonl"
 STEPS = 60
 CURVE = [
@@ -538,17 +539,34 @@ def smooth(values: list[float], width: int = 5) -> np.ndarray:
     return np.array([np.mean(values[max(i - width + 1, 0) : i + 1]) for i in range(len(values))])
 
 
+def evidence(grid: str, found: dict[str, list[dict]]) -> str:
+    """One line for docs/origin_claims.md: validation accuracy of every setting, and the difference to the first one."""
+    first = GRIDS[grid][1][0].name
+    base = {r["seed"]: accuracy(r, "validation") for r in found[first]}
+    parts = []
+    for name, rows in ((name, rows) for name, rows in found.items() if rows):
+        pairs = [accuracy(r, "validation") - base[r["seed"]] for r in rows if r["seed"] in base]
+        against = f"{spread(pairs, signed=True)}, " if name != first and pairs else ""
+        parts.append(f"{name}: {np.mean([accuracy(r, 'validation') for r in rows]):.3f} ({against}n {len(rows)})")
+    incomplete = min(map(len, found.values())) < 3
+    rest = f"; to be continued: `uv run python benchmarks/ablate.py --grid {grid}`" if incomplete else ""
+    return ("; ".join(parts) or "no run yet") + rest
+
+
 def plot(grids: list[str]) -> None:
-    """Writes <grid>.png for every grid that has runs, and README.md with all tables."""
-    rows, parts = all_rows(), []
+    """Writes <grid>.png for every grid with something to compare, README.md with all tables, and the claims' numbers."""
+    rows, parts, lines = all_rows(), [], CLAIMS.read_text().splitlines()
     for grid in grids:
         found = {}
         for setting in GRIDS[grid][1]:
             prefix = key_of(setting, 0)[: -len("0]")]
             found[setting.name] = [r for k, r in sorted(rows.items()) if k == f"{prefix}{r['seed']}]"]
-        if any(found.values()):
+        if sum(map(bool, found.values())) > 1:
             draw(grid, found, RESULTS / f"{grid}.png")
             parts.append(table(grid, found) + f"\n![{grid}]({grid}.png)\n")
+        link = f"| [{grid}](results/ablations/README.md): "
+        lines = [x.partition(link)[0] + link + evidence(grid, found) + " |" if link in x else x for x in lines]
+    CLAIMS.write_text("\n".join(lines) + "\n")
     before = next((r["evaluations"][0] for r in rows.values() if not r["sft_epochs"]), None)
     base = "not measured"
     if before:
