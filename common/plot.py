@@ -79,6 +79,17 @@ FIGURES = {
     },
 }
 
+# the mixed script's tasks; those that are not in a run draw nothing
+TASKS = ("arithmetic", "words", "letters", "comparison", "binary", "word_problems")
+FIGURES["grpo_mixed"] = {
+    "learning": [
+        ("held-out accuracy by task", "step", [f"eval_{task}_accuracy" for task in TASKS]),
+        ("transfer to the standard evaluation", "step", ["arithmetic_eval", "arithmetic_eval_greedy", "train/reward"]),
+        ("solve rate of training problems by task", "step", [f"train/{task}/solve_rate" for task in TASKS]),
+    ],
+    "health": FIGURES["grpo_arithmetic"]["health"],
+}
+
 
 def read_metrics(run_dir: Path) -> list[dict]:
     path = run_dir / "metrics.jsonl" if run_dir.is_dir() else run_dir
