@@ -164,6 +164,8 @@ class Args:
     """two-sided clip: cap of the ratio where the advantage is negative, above 1 + epsilon; 4 is INTELLECT-2's"""
     num_iterations: int = 1
     """optimizer steps on each batch of completions, 1 to 4"""
+    refill: int = 0
+    """replace groups without spread by other problems' groups, up to so many times a step (dynamic sampling)"""
     mask_truncated_completions: bool = False
     """leave completions without an end token out of the loss"""
     micro_batch_size: int | None = None
@@ -273,29 +275,33 @@ def draw_bands(seed: int) -> list[Problem]:
     return [problems[i] for i in rng.permutation(len(problems))]
 
 
-def load_problems(source: str) -> list[Problem]:
-    """Reads a JSONL file or a hub data set with columns prompt, answer and optionally difficulty, metadata.operation."""
+def read_rows(flag: str, source: str, columns: tuple[str, ...], splits: tuple[str, ...] = ("test",)) -> list[dict]:
+    """Rows of a JSONL file or of a hub data set (the first of `splits` that it has, else its first) with these columns."""
+    hint = f"; a JSONL file with the columns {' and '.join(columns)} works without a network"
     if source.endswith((".jsonl", ".json")) or Path(source).exists():
         try:
             rows = [json.loads(line) for line in Path(source).read_text().split("\n") if line.strip()]
         except (OSError, ValueError) as error:
-            fail(f"--eval-dataset '{source}' cannot be read as JSONL: {error}; the bundled one is the default")
+            fail(f"{flag} '{source}' cannot be read as JSONL: {error}{hint}")
     else:
         import datasets
 
         try:
-            splits = datasets.load_dataset(source)
+            found = datasets.load_dataset(source)
         except Exception as error:  # the library raises a dozen kinds; each means the data are not to be had
-            fail(
-                f"--eval-dataset '{source}' is neither a file nor a data set that can be downloaded "
-                f"({type(error).__name__}); leave the flag out for the bundled one"
-            )
-        rows = list(splits["test" if "test" in splits else next(iter(splits))])
+            reason = f"is neither a file nor a data set that can be downloaded ({type(error).__name__})"
+            fail(f"{flag} '{source}' {reason}{hint}")
+        rows = list(found[next((split for split in splits if split in found), next(iter(found)))])
     if not rows or not all(isinstance(row, dict) for row in rows):
-        fail(f"--eval-dataset '{source}' holds no problems: one JSON object a line is expected")
-    for column in ("prompt", "answer"):
+        fail(f"{flag} '{source}' holds no problems: one JSON object a line is expected")
+    for column in columns:
         if missing := sum(column not in row for row in rows):
-            fail(f"--eval-dataset '{source}': column '{column}' is missing in {missing} of {len(rows)} rows")
+            fail(f"{flag} '{source}': column '{column}' is missing in {missing} of {len(rows)} rows")
+    return rows
+
+
+def load_problems(source: str) -> list[Problem]:
+    """Reads a JSONL file or a hub data set with columns prompt, answer and optionally difficulty, metadata.operation."""
     return [
         Problem(
             str(row["prompt"]),
@@ -303,7 +309,7 @@ def load_problems(source: str) -> list[Problem]:
             str((row.get("metadata") or {}).get("operation", "")),
             str(row.get("difficulty") or ""),
         )
-        for row in rows
+        for row in read_rows("--eval-dataset", source, ("prompt", "answer"))
     ]
 
 
@@ -316,9 +322,10 @@ CURRICULA = {
 
 
 def levels_of(args: Args) -> list[Level]:
+    levels = [Level(args.min_num, args.max_num, args.operations, args.op_weights)]
     if args.curriculum != "none":
-        return [level for _, level in CURRICULA[args.curriculum]]
-    return [Level(args.min_num, args.max_num, args.operations, args.op_weights)]
+        levels = [level for _, level in CURRICULA[args.curriculum]]
+    return levels
 
 
 def available(level: Level, excluded: set[str]) -> int:
@@ -345,6 +352,13 @@ def draw_batch(pool: list[Problem], step: int, num_prompts: int, seed: list[int]
     epoch, i = divmod(step, len(pool) // num_prompts)
     order = np.random.default_rng([*seed, epoch]).permutation(len(pool))
     return [pool[j] for j in order[i * num_prompts : (i + 1) * num_prompts]]
+
+
+def draw_more(rng, args: Args, pool: list[Problem], level: Level, n: int, excluded: set[str]) -> list[Problem]:
+    """n problems at random: new ones with --fresh, else from different places of the pool."""
+    if args.fresh:
+        return draw_unique(rng, level, n, excluded)
+    return [pool[i] for i in rng.choice(len(pool), n, replace=False)]
 
 
 def extract_answer(completion: str) -> str:
@@ -846,6 +860,14 @@ def generate(
     return ids, mask, logprobs * mask
 
 
+def replace_rows(old: torch.Tensor, new: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """old (B, T), new (b, T') -> (B, max(T, T')) with `new` in these rows, and zeros where either was shorter."""
+    T = max(old.shape[1], new.shape[1])
+    out = F.pad(old, (0, T - old.shape[1]))
+    out[rows] = F.pad(new, (0, T - new.shape[1]))
+    return out
+
+
 def decode(tokenizer, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
     """(B, T) ids -> what rewards, train accuracy, evaluation and tables all see: the text up to the first end token."""
     return tokenizer.batch_decode([row[m].tolist() for row, m in zip(ids.cpu(), mask.cpu())], skip_special_tokens=True)
@@ -986,6 +1008,16 @@ def check_evaluation(args: Args) -> None:
         fail("--eval-temperature must not be negative; 0 is greedy")
 
 
+def check_problems(args: Args) -> None:
+    if not args.operations or set(args.operations) - set(OPERATION_NAMES):
+        fail(f"--operations {args.operations!r}: any of + - * / without blanks, such as '+-*'")
+    weights = args.op_weights
+    if weights is not None and (len(weights) != len(args.operations) or min(weights) < 0 or sum(weights) <= 0):
+        fail(f"--op-weights needs {len(args.operations)} weights, none negative and not all 0, for '{args.operations}'")
+    if args.min_num > args.max_num:
+        fail(f"--min-num {args.min_num} is above --max-num {args.max_num}")
+
+
 def check_training(args: Args, world: World, excluded: set[str]) -> None:
     """Every wrong combination of flags ends here, before a model is loaded, in one line."""
     B, G = args.batch_size, args.num_generations
@@ -1003,21 +1035,17 @@ def check_training(args: Args, world: World, excluded: set[str]) -> None:
     micro = args.micro_batch_size
     if micro is not None and (micro < 1 or (micro % G and G % micro)):
         fail(f"--micro-batch-size {micro} must divide --num-generations {G} or be a multiple of it")
-    if min(args.epochs, args.num_iterations, args.n_samples) < 1:
-        fail("--epochs, --num-iterations and --n-samples must be at least 1")
+    if min(args.epochs, args.num_iterations, args.n_samples) < 1 or args.refill < 0:
+        fail("--epochs, --num-iterations and --n-samples must be at least 1, and --refill at least 0")
     if args.delta is not None and args.delta <= 1 + args.epsilon:
         fail(f"--delta {args.delta} must be above 1 + epsilon = {1 + args.epsilon}, or it replaces the ordinary clip")
     if unknown := set(args.rewards) - set(REWARDS):
         fail(f"unknown reward {sorted(unknown)[0]!r}; known: {', '.join(REWARDS)}")
     if not args.rewards or len(args.reward_weights) != len(args.rewards):
         fail(f"{len(args.reward_weights)} --reward-weights for {len(args.rewards)} --rewards; give one each")
-    if not args.operations or set(args.operations) - set(OPERATION_NAMES):
-        fail(f"--operations {args.operations!r}: any of + - * / without blanks, such as '+-*'")
-    weights = args.op_weights
-    if weights is not None and (len(weights) != len(args.operations) or min(weights) < 0 or sum(weights) <= 0):
-        fail(f"--op-weights needs {len(args.operations)} weights, none negative and not all 0, for '{args.operations}'")
-    if args.min_num > args.max_num:
-        fail(f"--min-num {args.min_num} is above --max-num {args.max_num}")
+    if args.fresh and args.curriculum != "none":
+        if P > (least := min(available(level, excluded) for level in levels_of(args))):
+            fail(f"--fresh needs {P} new problems a step, but a level of the curriculum has only {least}; leave it out")
     if args.curriculum == "none":  # a curriculum takes what each level has, and repeats it where that is too little
         (level,) = levels_of(args)
         n, total = available(level, excluded), level.count()
@@ -1125,6 +1153,7 @@ def main(args: Args) -> None:
     excluded = {p.prompt for p in eval_problems} if args.exclude_eval else set()
     args = resolve(args, config, excluded)
     check_evaluation(args)
+    check_problems(args)
     if not args.eval_only:
         check_training(args, world, excluded)
     levels = levels_of(args)
@@ -1253,6 +1282,17 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
         logger.table("evaluation", step, table)
         return metrics | {"time/eval_s": time.time() - start}
 
+    def sample(problems: list[Problem], sample_ids):
+        """G completions of each problem: ids, mask, log-probs (rows, T) and texts."""
+        prompts = tokenizer([p.prompt for p in problems]).input_ids
+        noise = sampling_noise([0, args.seed], sample_ids, args.max_completion_length)
+        with autocast(args, device):
+            ids, mask, logprobs = generate(
+                sampler, prompts, num_generations=G, max_new_tokens=args.max_completion_length,
+                temperature=args.temperature, noise=noise, **sampling,
+            )  # fmt: skip
+        return ids, mask, logprobs, decode(tokenizer, ids, mask)
+
     slices = micro_batches(local_P, G, args.micro_batch_size)
     logger.say(
         f"{run_dir}\n{sum(p.numel() for p in model.parameters()):,} parameters on {world.size} x {device}, "
@@ -1280,35 +1320,49 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
             logger.say(f"step {step}: curriculum level {state['level']} -> {level}, {levels[level]}")
             state.update(level=level, level_start=step, recent_rewards=[])
         if args.fresh:
-            problems = draw_unique(np.random.default_rng([args.seed, 2, step]), levels[level], P, excluded)
-            trained_prompts.update(p.prompt for p in problems)
+            rng = np.random.default_rng([args.seed, 2, step])
+            problems = draw_more(rng, args, pools[level], levels[level], P, excluded)
         else:
             problems = draw_batch(pools[level], step - state["level_start"], P, [args.seed, 1, level])
         mine = problems[world.rank * local_P : (world.rank + 1) * local_P]
-        row_problems = [p for p in mine for _ in range(G)]  # row i belongs to prompt i // G, here and everywhere
-        prompts = tokenizer([p.prompt for p in mine]).input_ids
         first = step * B + world.rank * local_B
-        noise = sampling_noise([0, args.seed], range(first, first + local_B), args.max_completion_length)
-        with autocast(args, device):
-            ids, mask, sampled_logprobs = generate(
-                sampler, prompts, num_generations=G, max_new_tokens=args.max_completion_length,
-                temperature=args.temperature, noise=noise, **sampling,
-            )  # fmt: skip
-        texts = decode(tokenizer, ids, mask)
-        ended = torch.isin(ids, torch.tensor(stop_ids, device=device)).any(1)  # (local_B,)
-        loss_mask = mask & ended[:, None] if args.mask_truncated_completions else mask  # (local_B, T)
+        ids, mask, sampled_logprobs, texts = sample(mine, range(first, first + local_B))
+
+        # ---- 2. rewards, over the completions of all processes; groups without spread teach nothing: refill them ----
+        refilled = 0
+        for attempt in range(args.refill + 1):
+            row_problems = [p for p in mine for _ in range(G)]  # row i belongs to prompt i // G, here and everywhere
+            parts = [[REWARDS[name](text, p) for name in args.rewards] for text, p in zip(texts, row_problems)]
+            reward_parts = torch.tensor(world.gather(parts))  # (B, functions)
+            rewards = reward_parts @ torch.tensor(args.reward_weights)  # (B,)
+            dull = [i for i, group in enumerate(rewards.view(P, G)) if group.amax() == group.amin()]
+            if attempt == args.refill or not dull:
+                break
+            rng = np.random.default_rng([args.seed, 3 + attempt, step])
+            for i, problem in zip(dull, draw_more(rng, args, pools[level], levels[level], len(dull), excluded)):
+                problems[i] = problem
+            refilled += len(dull)
+            mine = problems[world.rank * local_P : (world.rank + 1) * local_P]
+            own = [i - world.rank * local_P for i in dull if i // local_P == world.rank]
+            rows = [i * G + j for i in own for j in range(G)]
+            if own:
+                # far from the ids of all steps, so that no noise is used twice
+                *new, new_texts = sample([mine[i] for i in own], [first + row + (attempt + 1) * 2**40 for row in rows])
+                old = (ids, mask, sampled_logprobs)
+                ids, mask, sampled_logprobs = (replace_rows(a, b, rows) for a, b in zip(old, new))
+                texts = [new_texts[rows.index(row)] if row in rows else text for row, text in enumerate(texts)]
+        if args.fresh:
+            trained_prompts.update(p.prompt for p in problems)
         generation_s = time.time() - step_start
 
-        # ---- 2. rewards and advantages, over the completions of all processes ----
-        parts = [[REWARDS[name](text, p) for name in args.rewards] for text, p in zip(texts, row_problems)]
-        reward_parts = torch.tensor(world.gather(parts))  # (B, functions)
-        rewards = reward_parts @ torch.tensor(args.reward_weights)  # (B,)
+        # ---- 3. advantages and update ----
+        update_start = time.time()
         advantages = group_advantages(rewards, G, args.scale_rewards)  # (B,)
         my_advantages = advantages[world.rank * local_B : (world.rank + 1) * local_B].to(device)
+        ended = torch.isin(ids, torch.tensor(stop_ids, device=device)).any(1)  # (local_B,)
+        loss_mask = mask & ended[:, None] if args.mask_truncated_completions else mask  # (local_B, T)
 
-        # ---- 3. update ----
-        update_start = time.time()
-        prompt_ids, prompt_lengths = pad_right(prompts, pad_id, device)
+        prompt_ids, prompt_lengths = pad_right(tokenizer([p.prompt for p in mine]).input_ids, pad_id, device)
         num_loss_tokens = loss_mask.sum().float()
         world.all_sum([num_loss_tokens])
 
@@ -1402,6 +1456,8 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
             "completions/min_terminated_length": min(terminated),
             "completions/max_terminated_length": max(terminated),
             "completions/clipped_ratio": 1 - np.mean(finished),
+            "refilled_groups": refilled,
+            "refilled_completions": refilled * G,
             "curriculum_level": state["level"],
             "skipped": skipped,
             "skipped_steps": state["skipped_steps"],

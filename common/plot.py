@@ -79,10 +79,10 @@ FIGURES = {
     },
     "gr00t_finetune": {
         "learning": [
-            ("loss", "step", ["train/loss", "val/loss"]),
-            ("loss against time", SECONDS, ["train/loss", "val/loss"]),
+            ("loss and error of sampled actions, log scale", "step", ["train/loss", "val/loss", "val/mse"]),
+            ("the same against time, log scale", SECONDS, ["train/loss", "val/loss", "val/mse"]),
             (
-                "validation loss by time of the flow (0: noise)",
+                "validation loss by time of the flow (0: noise), log scale",
                 "step",
                 [f"val/loss_t/{i / 4:.2f}-{(i + 1) / 4:.2f}" for i in range(4)],
             ),
@@ -93,6 +93,17 @@ FIGURES = {
             ("samples / s", "step", ["time/samples_per_s"]),
         ],
     },
+}
+
+# the mixed script's tasks; those that are not in a run draw nothing
+TASKS = ("arithmetic", "words", "letters", "comparison", "binary", "word_problems")
+FIGURES["grpo_mixed"] = {
+    "learning": [
+        ("held-out accuracy by task", "step", [f"eval_{task}_accuracy" for task in TASKS]),
+        ("transfer to the standard evaluation", "step", ["arithmetic_eval", "arithmetic_eval_greedy", "train/reward"]),
+        ("solve rate of training problems by task", "step", [f"train/{task}/solve_rate" for task in TASKS]),
+    ],
+    "health": FIGURES["grpo_arithmetic"]["health"],
 }
 
 
@@ -135,6 +146,8 @@ def figure(runs: list[Path], panels: list, out: Path, caption: str) -> Path:
             if len(runs) == 1 and len(metrics) <= 3 and len(low[0]):
                 ax.fill_between(low[0], low[1], high[1], color=color, alpha=0.15, linewidth=0)
         ax.set_title(title, fontsize=10)
+        if title.endswith("log scale"):
+            ax.set_yscale("log")
         ax.set_xlabel("seconds" if x.startswith("time/") else x, fontsize=9)
         ax.grid(alpha=0.3)
         if ax.lines:

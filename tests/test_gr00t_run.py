@@ -1,10 +1,8 @@
 """gr00t_finetune.py: loss and sampler, what trains, and whole runs on the bundled demonstrations."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, two_processes
 from safetensors.torch import load_file, save_file
 
 import gr00t_finetune as g
@@ -568,28 +566,13 @@ def test_recipes_fill_in_by_model_size():
     assert replace(full).embodiment_tag == "new_embodiment"
 
 
-def test_two_processes_agree_with_one(tmp_path):
-    """torchrun with gloo: the flags name the global batch, so the numbers are those of one process up to rounding."""
+def test_two_processes_agree_with_one(run, tmp_path):
+    """The flags name the global batch, so the numbers are those of one process up to rounding."""
     flags = QUICK | dict(max_steps=3, log_every=1, eval_every=0, save_steps=0, warmup_ratio=0.0)
-    words = []
-    for name, value in flags.items():
-        flag = name.replace("_", "-")
-        words += [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
-    rows = []
-    for size in (1, 2):
-        out = tmp_path / str(size)
-        launch = [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(size),
-            "--master-port",
-            str(29600 + os.getpid() % 300),
-        ]
-        command = [sys.executable, *(launch if size > 1 else []), "gr00t_finetune.py", *words, "--output-dir", str(out)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        (folder,) = (out / "gr00t_finetune").iterdir()
-        rows.append(metrics_of(folder)[-1])
+    code, single = run(**flags)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not False]
+    double = two_processes("gr00t_finetune.py", [*words, "--no-closed-loop"], tmp_path / "two")
+    rows = [metrics_of(single)[-1], metrics_of(double)[-1]]
+    assert code == 0
     for name in ("train/loss", "train/grad_norm", "val/loss", "eval/mse"):
         assert abs(rows[0][name] - rows[1][name]) < 1e-5 * abs(rows[0][name]), name

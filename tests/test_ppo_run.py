@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -13,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, two_processes
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from safetensors.torch import load_file
 from test_docs import documented_metrics
@@ -433,31 +432,14 @@ def test_a_run_may_end_when_it_has_succeeded_three_times(run):
     assert rows(folder)[-1]["step"] == 160 and (folder / "last" / "model.safetensors").exists()
 
 
-def test_two_processes_agree_with_one(tmp_path):
+def test_two_processes_agree_with_one(run, tmp_path):
     """Same environments, noise and minibatches; only the order of float sums differs."""
-    found = []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
-        flags = [f"--{k.replace('_', '-')}={v}" for k, v in FETCH.items() if k != "capture_video"]
-        command = [
-            *launcher,
-            "ppo_fetch.py",
-            *flags,
-            "--no-capture-video",
-            "--output-dir",
-            str(out),
-            "--env-groups",
-            "1",
-        ]
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        (folder,) = (out / "ppo_fetch").iterdir()
-        found.append((timeless(folder), load_file(folder / "last" / "model.safetensors")))
+    flags = FETCH | {"capture_video": False, "env_groups": 1}
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items() if k != "capture_video"]
+    code, single = run(**flags)
+    assert code == 0
+    double = two_processes("ppo_fetch.py", [*words, "--no-capture-video"], tmp_path / "two")
+    found = [(timeless(folder), load_file(folder / "last" / "model.safetensors")) for folder in (single, double)]
     (rows_1, weights_1), (rows_2, weights_2) = found
     for a, b in zip(rows_1, rows_2, strict=True):
         assert a.keys() == b.keys()
