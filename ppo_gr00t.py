@@ -152,8 +152,8 @@ class Args:
     """where exploration comes from: one noisy step of the flow | noise at all of them | learned noise at all of them"""
     denoising_steps: int = 4
     """steps K of the flow, in training and evaluation"""
-    noise_level: float = 0.6
-    """Flow-SDE: a in sigma(t) = a sqrt((1 - t) / t), 0.2 to 0.7"""
+    noise_level: float = 0.8
+    """Flow-SDE: a in sigma(t) = a sqrt((1 - t) / t), 0.2 to 1"""
     noisy_step: Literal["last", "any", "ignore-last"] = "last"
     """Flow-SDE: which step is noisy. last: the executed action itself is; any; ignore-last: any but it, so that nothing
     noisy is executed as it is, but a policy that is sure of its actions undoes such noise"""
@@ -165,7 +165,7 @@ class Args:
     """environment steps of the run, over all processes; default: by task"""
     num_envs: int | None = None
     """environments N, over all processes; default: by task"""
-    num_steps: int = 10
+    num_steps: int = 5
     """chunks T that each environment executes in an iteration"""
     execute_steps: int = 5
     """actions C executed of each predicted chunk of 16 before the next look"""
@@ -221,7 +221,7 @@ class Args:
     """mixed precision of backbone and DiT, bf16 also stores the frozen backbone in bf16; chain and densities stay fp32"""
 
     # evaluation
-    eval_every: int = 4
+    eval_every: int = 8
     """iterations between evaluations, 0: only at the end"""
     eval_episodes: int = 100
     """episodes of an evaluation, always the same ones, without exploration"""
@@ -239,16 +239,16 @@ class Args:
 
 # What differs by task where a flag is not given.
 WITH_A_BLOCK = dict(reward_mode="shaped", total_timesteps=320_000, num_envs=64, learning_rate=6e-5, gamma=0.95,
-                    num_minibatches=4, update_epochs=5, target_kl=0.1)  # fmt: skip
+                    num_minibatches=2, update_epochs=5, target_kl=0.1)  # fmt: skip
 RECIPES = {
-    "FetchReach": dict(reward_mode="dense", total_timesteps=48_000, num_envs=64, learning_rate=6e-5, gamma=0.9,
-                       num_minibatches=4, update_epochs=5, target_kl=0.1),
+    "FetchReach": dict(reward_mode="dense", total_timesteps=51_200, num_envs=64, learning_rate=1e-4, gamma=0.9,
+                       num_minibatches=2, update_epochs=5, target_kl=0.1),
     "FetchPush": WITH_A_BLOCK,
     "FetchPickAndPlace": WITH_A_BLOCK,
 }  # fmt: skip
 # The default run's starting policy: a lite GR00T that saw too few frames.
 START = (
-    "gr00t_finetune.py --model-path lite --max-samples 80 --max-steps 400 --batch-size 32 --learning-rate 6e-3 "
+    "gr00t_finetune.py --model-path lite --max-samples 90 --max-steps 400 --batch-size 32 --learning-rate 6e-3 "
     "--adam-betas 0.9 0.95 --max-grad-norm 10"
 )
 

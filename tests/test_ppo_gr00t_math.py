@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -223,6 +224,11 @@ def test_before_any_step_the_ratio_is_one_also_after_a_reload(sampler, tmp_path)
     reloaded.load_state_dict(load_file(tmp_path / "agent.safetensors"))
     again = FeatureCache(reloaded, cache.ids)
     again.add(None, 1)
+    with torch.no_grad():  # the policy that was saved, to the last bit
+        look = again.look(batch["frame"][0], batch["state"][0])
+        mask = executed_mask(batch["lengths"][0], batch["chain"][0, :, 0])
+        logprobs, _, _ = chain_logprobs(reloaded, look, batch["chain"][0], batch["first"][0], mask, args)
+        assert torch.equal((logprobs - batch["logprobs"][0]).exp(), torch.ones(args.num_envs))
     for one, its_cache in ((reloaded, again), (agent, cache)):
         metrics = run_update(one, batch, its_cache, args)
         assert metrics["first_ratio_error"] < 1e-5 and metrics["optimizer_steps"] == 4
@@ -409,27 +415,70 @@ def test_adapters_train_alone_and_merge_into_a_whole_model():
     assert all(name in weights or p.group_of(name) == "tune_projector" for name in changed)
 
 
+class OneFrame:
+    """A cache that holds one observation; what asks which ones are distinct cannot run without numbers."""
+
+    def __init__(self, agent, features):
+        self.agent, self.features, self.frozen = agent, features, True
+
+    def look(self, index, state, fresh=False):
+        return self.agent.look(self.features, torch.zeros_like(index), state)
+
+
+def full_size_step(config: GR00TConfig, device: str, args: Args) -> tuple[Agent, dict]:
+    """Decides for two environments, then updates once on what was decided; weights are random or, on meta, absent."""
+    with torch.device(device):
+        model = GR00T(config)
+        for q in model.backbone.parameters():
+            q.data = q.data.to(torch.bfloat16 if args.amp == "bf16" else torch.float32)
+        agent = Agent(model, 31, args)
+        p.set_trainable(model, {}, args, 1)
+        if device == "meta":  # the backbone counts its image tokens, which needs numbers
+            features = torch.zeros(1, 294, 2048)
+        else:
+            ids, images = tiny_images(config, 1)
+            features = agent.backbone(ids.to(device), images, 1).detach()
+        cache, state = OneFrame(agent, features), torch.zeros(2, config.state_dim)
+        look = cache.look(torch.zeros(2, dtype=torch.int64), state)
+        assert look["vl"].shape == (1, features.shape[1], config.vl_width)
+        first, lengths = torch.full((2,), 3), torch.tensor([args.execute_steps, 1])
+        noise = torch.zeros(2, 5, config.action_horizon, config.action_dim)
+        noise = noise if device == "meta" else noise.normal_()
+        x, chain, logprobs = sample_chain(agent, look, noise, first, executed_mask(lengths, noise[:, 0]), args)
+        assert x.shape == (2, config.action_horizon, config.action_dim) and chain.shape == (2, 2, *x.shape[1:])
+        values = agent.value(look["condition"]).detach()
+        batch = dict(frame=torch.zeros_like(first), state=state, condition=look["condition"], chain=chain, first=first,
+                     lengths=lengths, logprobs=logprobs, values=values, rewards=values, returns=values + 1,
+                     advantages=torch.tensor([1.0, -1.0]))  # fmt: skip
+    metrics = run_update(agent, {key: value[None] for key, value in batch.items()}, cache, args)
+    return agent, metrics
+
+
+ONE_STEP = dict(num_envs=2, num_steps=1, num_minibatches=1, update_epochs=1, norm_adv=False, noisy_step="last")
+
+
 def test_the_full_size_model_takes_a_rollout_and_an_update_step_by_shape():
     """No memory: the meta device computes shapes only. 2.7 billion parameters, one camera."""
-    args = replace(ARGS, num_envs=2)
-    with torch.device("meta"):
-        agent = Agent(GR00T(GR00TConfig()), 31, args)
-        p.set_trainable(agent.model, {}, args, 1)
-        ids = torch.zeros(1, 294, dtype=torch.int64)
-        batch = {"eagle_pixel_values": torch.zeros(2, 3, 224, 224), "eagle_input_ids": ids.expand(2, -1)}
-        assert sum(q.numel() for q in agent.model.parameters() if q.requires_grad) == 1_068_806_144
-        features = torch.zeros(2, 294, 2048)  # the backbone's masked_scatter counts, which meta tensors cannot
-        look = agent.look(features, torch.zeros(2, dtype=torch.int64), torch.zeros(2, 64))
-        assert look["vl"].shape == (2, 294, 2048) and look["condition"].shape == (2, 2048 + 64)
-        first, mask = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 16, 32)
-        x, chain, old = sample_chain(agent, look, torch.zeros(2, 5, 16, 32), first, mask, args)
-        assert x.shape == (2, 16, 32) and chain.shape == (2, 2, 16, 32) and old.shape == (2,)
-        logprobs, _, _ = chain_logprobs(agent, look, chain, first, mask, args)
-        loss, _ = p.ppo_loss(logprobs, old, old, old, agent.value(look["condition"]), old, old)
-        loss.backward()
-    assert batch["eagle_pixel_values"].is_meta
-    missing = {n for n, q in agent.model.named_parameters() if q.requires_grad and q.grad is None}
-    assert missing == set()
+    agent, metrics = full_size_step(GR00TConfig(), "meta", replace(ARGS, **ONE_STEP))
+    trained = {n: q for n, q in agent.model.named_parameters() if q.requires_grad}
+    assert sum(q.numel() for q in trained.values()) == 1_068_806_144 and all(q.is_meta for q in trained.values())
+    assert {n for n, q in trained.items() if q.grad is None} == set() and metrics["optimizer_steps"] == 1
+
+
+@pytest.mark.parametrize("size", ["tiny", pytest.param("full", marks=pytest.mark.gpu)])
+def test_a_model_with_a_camera_takes_a_rollout_and_an_update_step_for_real(size, capsys):
+    """The published size on a GPU with about 24 GB, where there is one; it prints seconds and memory."""
+    if size == "full" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    args, device = replace(ARGS, **ONE_STEP, amp="bf16", learning_rate=1e-5), "cuda" if size == "full" else "cpu"
+    began = time.time()
+    agent, metrics = full_size_step(GR00TConfig() if size == "full" else GR00TConfig.tiny(), device, args)
+    assert metrics["optimizer_steps"] == 1 and torch.isfinite(metrics["grad_norm"]) and metrics["grad_norm"] > 0
+    assert metrics["first_ratio_error"] < 0.05
+    assert all(torch.isfinite(q).all() for q in agent.parameters())
+    if size == "full":
+        with capsys.disabled():
+            print(f"\n{time.time() - began:.1f} s, peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------
@@ -495,12 +544,14 @@ def test_gae_over_chunks_is_the_per_step_definition(lam):
 # ---- it learns -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", ["flow-sde", "flow-noise"])
-def test_a_one_step_bandit_is_solved(sampler):
+@pytest.mark.parametrize(
+    "sampler, noisy_step", [("flow-sde", "ignore-last"), ("flow-sde", "last"), ("flow-noise", "last")]
+)
+def test_a_one_step_bandit_is_solved(sampler, noisy_step):
     """The state names the best action; the plain flow, which was never rewarded itself, must find it."""
     args = replace(
-        ARGS, sampler=sampler, num_envs=128, num_steps=1, num_minibatches=2, update_epochs=4, learning_rate=3e-3,
-        target_kl=0.2, execute_steps=1, denoising_steps=2, noise_range=(0.2, 0.6),
+        ARGS, sampler=sampler, noisy_step=noisy_step, num_envs=128, num_steps=1, num_minibatches=2, update_epochs=4,
+        learning_rate=3e-3, target_kl=0.2, execute_steps=1, denoising_steps=2, noise_range=(0.2, 0.6),
     )  # fmt: skip
     config = GR00TConfig.lite(8, **(SMALL | dict(action_horizon=1, num_future_tokens=1, state_dim=4)))
     agent = make_agent(args, config=config)
@@ -514,7 +565,7 @@ def test_a_one_step_bandit_is_solved(sampler):
         cache = FeatureCache(agent, torch.tensor([[1]]))
         frame, state = cache.add(None, 128), torch.rand(128, 4, generator=g) * 2 - 1
         noise = torch.randn(128, 3, 1, 6, generator=g)
-        lengths, first = torch.ones(128, dtype=torch.int64), torch.zeros(128, dtype=torch.int64)
+        lengths, first = torch.ones(128, dtype=torch.int64), torch.full((128,), p.noisy_steps(args)[0].start)
         with torch.no_grad():
             look = cache.look(frame, state)
         mask = executed_mask(lengths, noise[:, 0])
