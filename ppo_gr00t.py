@@ -152,8 +152,11 @@ class Args:
     """where exploration comes from: one noisy step of the flow | noise at all of them | learned noise at all of them"""
     denoising_steps: int = 4
     """steps K of the flow, in training and evaluation"""
-    noise_level: float = 0.8
-    """Flow-SDE: a in sigma(t) = a sqrt((1 - t) / t), 0.2 to 1"""
+    noise_level: float | None = None
+    """Flow-SDE: a in sigma(t) = a sqrt((1 - t) / t) at the start, 0.2 to 1; default: by task"""
+    final_noise_level: float | None = None
+    """Flow-SDE: a in the last iteration, reached linearly; noise that shakes the robot hides errors that are smaller;
+    default: by task"""
     noisy_step: Literal["last", "any", "ignore-last"] = "last"
     """Flow-SDE: which step is noisy. last: the executed action itself is; any; ignore-last: any but it, so that nothing
     noisy is executed as it is, but a policy that is sure of its actions undoes such noise"""
@@ -165,8 +168,8 @@ class Args:
     """environment steps of the run, over all processes; default: by task"""
     num_envs: int | None = None
     """environments N, over all processes; default: by task"""
-    num_steps: int = 5
-    """chunks T that each environment executes in an iteration"""
+    num_steps: int | None = None
+    """chunks T that each environment executes in an iteration; default: by task"""
     execute_steps: int = 5
     """actions C executed of each predicted chunk of 16 before the next look"""
     stagger: bool = True
@@ -238,11 +241,13 @@ class Args:
 
 
 # What differs by task where a flag is not given.
-WITH_A_BLOCK = dict(reward_mode="shaped", total_timesteps=320_000, num_envs=64, learning_rate=6e-5, gamma=0.95,
-                    num_minibatches=2, update_epochs=5, target_kl=0.1)  # fmt: skip
+WITH_A_BLOCK = dict(reward_mode="shaped", total_timesteps=480_000, num_envs=64, num_steps=10, learning_rate=1e-4,
+                    gamma=0.95, num_minibatches=4, update_epochs=5, target_kl=0.1, noise_level=0.6,
+                    final_noise_level=0.6)  # fmt: skip
 RECIPES = {
-    "FetchReach": dict(reward_mode="dense", total_timesteps=51_200, num_envs=64, learning_rate=1e-4, gamma=0.9,
-                       num_minibatches=2, update_epochs=5, target_kl=0.1),
+    "FetchReach": dict(reward_mode="dense", total_timesteps=51_200, num_envs=64, num_steps=5, learning_rate=1e-4,
+                       gamma=0.9, num_minibatches=2, update_epochs=5, target_kl=0.1, noise_level=0.8,
+                       final_noise_level=0.3),
     "FetchPush": WITH_A_BLOCK,
     "FetchPickAndPlace": WITH_A_BLOCK,
 }  # fmt: skip
@@ -1178,8 +1183,10 @@ def check(args: Args, world: World) -> None:
         fail(f"--execute-steps {args.execute_steps}: a predicted chunk has 16 actions; give 1 to 16")
     if not 0 < args.gamma <= 1 or not 0 <= args.gae_lambda <= 1:
         fail(f"--gamma {args.gamma} --gae-lambda {args.gae_lambda}: both lie between 0 and 1")
-    if min(args.learning_rate, args.critic_learning_rate, args.clip_coef, args.noise_level) <= 0:
-        fail("--learning-rate, --critic-learning-rate, --clip-coef and --noise-level must be positive")
+    positive = ("learning_rate", "critic_learning_rate", "clip_coef", "noise_level", "final_noise_level")
+    for name in positive:
+        if getattr(args, name) <= 0:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
     if not 0 < args.noise_range[0] < args.noise_range[1]:
         fail(f"--noise-range {args.noise_range[0]} {args.noise_range[1]}: two positive numbers, the smaller one first")
     if not noisy_steps(args)[0] or not noisy_steps(args)[1]:
@@ -1573,10 +1580,14 @@ def run(
             for group, rate in zip(optimizer.param_groups, rates):
                 # eq: lr_i = lr (1 - (i - 1) / I)
                 group["lr"] = rate * (1 - (iteration - 1) / iterations)
+        # eq: a_i = a_1 + (a_I - a_1) (i - 1) / (I - 1)
+        share = (iteration - 1) / max(iterations - 1, 1)
+        noise_level = args.noise_level + (args.final_noise_level - args.noise_level) * share
+        now = replace(args, noise_level=noise_level)  # the settings of this iteration
 
         # ---- 1. rollout with frozen weights and statistics ----
         began = time.time()
-        batch, cache, episodes = rollout(agent, groups, adapter, ids, args, generators["noise"], world)
+        batch, cache, episodes = rollout(agent, groups, adapter, ids, now, generators["noise"], world)
         rollout_s = time.time() - began
 
         # ---- 2. values, advantages, returns: in units of scaled reward ----
@@ -1593,13 +1604,13 @@ def run(
         batch["advantages"], batch["returns"] = chunk_advantages(rewards, batch["values"], next_values, batch, args)
         if start is not None:
             rows = {key: batch[key].flatten(0, 1) for key in ("frame", "state", "chain", "first")}
-            targets = anchor_targets(agent, start, cache, rows, generators["anchor"], args)
+            targets = anchor_targets(agent, start, cache, rows, generators["anchor"], now)
             batch |= {key: value.unflatten(0, (T, n)) for key, value in targets.items()}
 
         # ---- 3. update ----
         metrics = {"optimizer_steps": 0}
         if iteration > args.critic_warmup:
-            metrics = update(agent, optimizer, scaler, batch, cache, args, generators["order"], world)
+            metrics = update(agent, optimizer, scaler, batch, cache, now, generators["order"], world)
         metrics |= fit_critic(agent, optimizer, batch, args, generators["order"], world)
         update_s = time.time() - began - rollout_s
 
@@ -1619,6 +1630,7 @@ def run(
         metrics |= summary(list(recent), "charts") | {
             "losses/explained_variance": float(explained),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            "charts/noise_level": noise_level,
             "charts/reward_scale": float(agent.reward_scale()) if args.scale_rewards else 1.0,
             "charts/distinct_observations": len(cache.index),
             "time/rollout_s": rollout_s,

@@ -251,6 +251,8 @@ def test_a_run_logs_what_the_page_documents_and_leaves_a_policy_that_loads(run, 
     assert logged <= documented_metrics("ppo_gr00t.md"), logged - documented_metrics("ppo_gr00t.md")
     assert [row["step"] for row in rows(folder)] == [0, 40, 80, 120]
     assert rows(folder)[2]["losses/first_ratio_error"] < 1e-5
+    levels = [row["charts/noise_level"] for row in rows(folder)[1:]]
+    assert levels == pytest.approx([0.8, 0.55, 0.3])  # from --noise-level to --final-noise-level
     config = json.loads((folder / "config.json").read_text())
     assert config["args"]["model_path"] == str(policies["lite"]) and (folder / "learning.png").exists()
     model = GR00T.from_pretrained(folder / "last")
