@@ -241,9 +241,9 @@ class Args:
 
 
 # What differs by task where a flag is not given.
-WITH_A_BLOCK = dict(reward_mode="shaped", total_timesteps=480_000, num_envs=64, num_steps=10, learning_rate=1e-4,
+WITH_A_BLOCK = dict(reward_mode="shaped", total_timesteps=240_000, num_envs=64, num_steps=10, learning_rate=1e-4,
                     gamma=0.95, num_minibatches=4, update_epochs=5, target_kl=0.1, noise_level=0.6,
-                    final_noise_level=0.6)  # fmt: skip
+                    final_noise_level=0.25)  # fmt: skip
 RECIPES = {
     "FetchReach": dict(reward_mode="dense", total_timesteps=51_200, num_envs=64, num_steps=5, learning_rate=1e-4,
                        gamma=0.9, num_minibatches=2, update_epochs=5, target_kl=0.1, noise_level=0.8,
