@@ -25,6 +25,7 @@ ARGS = replace(
 )  # fmt: skip
 SMALL = dict(num_embodiments=32, dit_layers=2, dit_heads=2, dit_head_dim=8, vl_heads=2, vl_head_dim=8, hidden_size=16)
 SMALL |= dict(action_horizon=4, action_dim=6, state_dim=8, num_future_tokens=2)
+SMALL |= dict(dropout=0.2, vl_dropout=0.2)  # as published: it has to be off
 
 
 def make_agent(args=ARGS, seed=0, config=None) -> Agent:
