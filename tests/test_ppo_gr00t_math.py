@@ -134,6 +134,7 @@ def test_without_noise_every_sampler_is_the_ode_of_gr00t_finetune(sampler):
     expected = gr00t_finetune.sample_actions(agent.model, batch, x_0, 4)
     deployed = ode_actions(agent, look, x_0, args)
     torch.testing.assert_close(deployed, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ode_actions(agent, look, x_0, replace(ARGS, sampler=sampler)), deployed)  # whatever the noise
     first = torch.zeros(5, dtype=torch.int64)
     x, _, _ = sample_chain(agent, look, noise, first, torch.ones(5, 4, 6), args)
     assert torch.equal(x, deployed)
@@ -307,9 +308,10 @@ def test_while_the_critic_warms_up_the_policy_does_not_move():
 
 
 def test_the_critic_sends_no_gradient_into_the_policy():
-    agent = make_agent()
-    batch, cache = collect(agent)
-    look = cache.look(batch["frame"][0], batch["state"][0])
+    args = replace(ARGS, tune_llm=True)  # or its features would have no gradient to begin with
+    agent = make_agent(args)
+    batch, cache = collect(agent, args)
+    look = cache.look(batch["frame"][0], batch["state"][0], fresh=True)
     assert look["vl"].requires_grad and not look["condition"].requires_grad
     agent.value(look["condition"]).sum().backward()
     assert all(q.grad is None for q in agent.model.parameters())
