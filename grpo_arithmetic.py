@@ -815,7 +815,7 @@ class DecodeState:
     output: torch.Tensor  # (b,) which completion the row is
     keys: list[torch.Tensor]  # of each layer, (b, heads, C, head_dim)
     values: list[torch.Tensor]
-    t: torch.Tensor  # () index of the token that is sampled next
+    t: torch.Tensor  # (1,) index of the token that is sampled next; a scalar index would be asked for by the host
     noise: torch.Tensor  # (B, T)
     ids: torch.Tensor  # (B, T)
     logprobs: torch.Tensor  # (B, T)
@@ -898,39 +898,35 @@ class Decoder:
     """Decode steps on buffers that stay where they are, one captured CUDA graph per bucket and sampling settings.
 
     model: its weights may change in place, never move. fallbacks: steps that ran without graph and compilation, because
-    the device has no graphs or a capture failed; `say` tells why, once a bucket.
+    the device has no graphs or a capture failed; `say` tells why.
     """
 
     def __init__(self, model, compiled: bool, say=print):
         self.model, self.compiled, self.say = model, compiled, say
-        self.step = torch.compile(decode_step, dynamic=False) if compiled else decode_step
-        self.buffers, self.graphs, self.fallbacks, self.pool = None, {}, 0, None
+        self.step = torch.compile(decode_step, dynamic=False, fullgraph=True) if compiled else decode_step
+        self.size, self.graphs, self.fallbacks, self.pool = (0, 0, 0), {}, 0, None
+        if compiled:
+            torch._dynamo.config.recompile_limit = 256  # buckets; beyond it is an error, not a silent return to eager
 
     def place(self, s: DecodeState) -> DecodeState:
         """Copies a state into the buffers, its rows padded to the bucket. They grow, and graphs go, if it has no room."""
-        n, C = len(s.token), s.keys[0].shape[2]
-        rows, columns = decode_bucket(n, C)
-        own = self.buffers
-        if own is None or rows > len(own.token) or columns > own.keys[0].shape[2] or s.ids.shape[1] > own.ids.shape[1]:
-            self.graphs.clear()
-            size = (rows, columns, s.ids.shape[1])
-            if own is not None:
-                size = tuple(map(max, size, (len(own.token), own.keys[0].shape[2], own.ids.shape[1])))
-            R, columns, T = size
-            small = {name: getattr(s, name).new_zeros(R) for name in ("token", "position", "finished", "output")}
-            # one row more than completions: padding rows write there
-            wide = {name: getattr(s, name).new_zeros(R + 1, T) for name in ("noise", "ids", "logprobs")}
-            keys, values = (
-                [x.new_zeros(R, x.shape[1], columns, x.shape[3]) for x in caches] for caches in (s.keys, s.values)
+        n, C, (B, T) = len(s.token), s.keys[0].shape[2], s.ids.shape
+        need = (*decode_bucket(n, C), T)
+        if any(a > b for a, b in zip(need, self.size)):
+            self.graphs.clear()  # they hold the old addresses
+            self.size = R, columns, length = tuple(map(max, need, self.size))
+            self.buffers = DecodeState(
+                *(x.new_zeros(R) for x in (s.token, s.position, s.finished, s.output)),
+                *([x.new_zeros(R, x.shape[1], columns, x.shape[3]) for x in xs] for xs in (s.keys, s.values)),
+                s.t.clone(),
+                *(x.new_zeros(R + 1, length) for x in (s.noise, s.ids, s.logprobs)),  # padding writes to the last row
             )
-            own = self.buffers = DecodeState(**small, **wide, keys=keys, values=values, t=s.t.clone())
+        own = self.buffers
         if s.ids is not own.ids:  # a new batch, not what is left of one
             own.t.copy_(s.t)
-            for name in ("noise", "ids", "logprobs"):
-                new = getattr(s, name)
-                getattr(own, name)[: len(new), : new.shape[1]] = new
-        view = own.rows(slice(rows))
-        for name, padding in {"token": 0, "position": 0, "finished": True, "output": len(own.token)}.items():
+            own.noise[:B, :T], own.ids[:B, :T], own.logprobs[:B, :T] = s.noise, s.ids, s.logprobs
+        view = own.rows(slice(need[0]))
+        for name, padding in {"token": 0, "position": 0, "finished": True, "output": self.size[0]}.items():
             getattr(view, name)[:n], getattr(view, name)[n:] = getattr(s, name), padding
         for buffer, new in zip(view.keys + view.values, s.keys + s.values):
             buffer[:n, :, :C], buffer[:n, :, C:] = new, 0  # nothing of an earlier batch, be it not a number
@@ -953,7 +949,7 @@ class Decoder:
 
                 try:
                     fast = self.capture(partial(self.step, self.model, view, *sampling), undo)
-                except RuntimeError as error:
+                except Exception as error:  # whatever the compiler or CUDA raises
                     undo()
                     fast = None
                     self.say(f"decode bucket {rows} x {columns} runs uncaptured: {str(error).splitlines()[0]}")
@@ -1030,7 +1026,7 @@ def generate(
         output=torch.arange(B, device=device),
         keys=[expand(layer.keys) for layer in cache.layers],
         values=[expand(layer.values) for layer in cache.layers],
-        t=torch.tensor(0, device=device),
+        t=torch.zeros(1, dtype=torch.long, device=device),
         noise=noise.to(device) if temperature > 0 else torch.zeros(B, T, device=device),
         ids=torch.full((B, T), pad_id, device=device),
         logprobs=torch.zeros(B, T, device=device),
