@@ -1359,10 +1359,10 @@ def check_training(args: Args, world: World) -> None:
         fail("--epochs, --num-iterations and --n-samples must be at least 1, and --refill at least 0")
     if args.delta is not None and args.delta <= 1 + args.epsilon:
         fail(f"--delta {args.delta} must be above 1 + epsilon = {1 + args.epsilon}, or it replaces the ordinary clip")
-    if args.fsdp and world.size == 1:
-        fail("--fsdp shards over processes: start it with `uv run torchrun --nproc-per-node N`, or leave it out")
     if args.fsdp and (args.compile or args.low_memory_reference or args.attn_implementation == "flash_attention_2"):
         fail("--fsdp goes with neither --compile, --low-memory-reference (it is sharded anyway) nor flash_attention_2")
+    if args.fsdp and world.size == 1:
+        fail("--fsdp shards over processes: start it with `uv run torchrun --nproc-per-node N`, or leave it out")
     if unknown := set(args.rewards) - set(REWARDS):
         fail(f"unknown reward {sorted(unknown)[0]!r}; known: {', '.join(REWARDS)}")
     if not args.rewards or len(args.reward_weights) != len(args.rewards):
