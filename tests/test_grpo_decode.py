@@ -5,10 +5,12 @@ graph would be captured from. What is left to a GPU is that capture and replay d
 """
 
 import copy
+import importlib.util
+import sys
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import ROOT, make_model
 from test_grpo_model import ARCHITECTURES, PROMPTS, SAMPLING
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -187,3 +189,17 @@ def test_the_step_compiles_as_one_graph_without_python_in_between():
     decoder.step = torch.compile(decode_step, dynamic=False, fullgraph=True, backend="aot_eager")  # tracing, no C++
     assert_equal(rollout(model, G=2, T=6), rollout(decoder.model, decoder, G=2, T=6))
     assert decoder.fallbacks == 0 and problems == [] and len(decoder.graphs) == 1
+
+
+def test_the_decode_benchmark_knows_its_sizes_and_its_numerics_hold():
+    spec = importlib.util.spec_from_file_location("gpu_decode", ROOT / "benchmarks" / "gpu_decode.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_decode"] = benchmark  # dataclasses look their module up
+    spec.loader.exec_module(benchmark)
+    weights = sum(p.numel() for p in benchmark.make_model("0.5B", "meta", torch.bfloat16).parameters())
+    assert weights == 494_032_768 and benchmark.kv_bytes("0.5B", torch.bfloat16) == 12_288
+    found = benchmark.numerics(benchmark.Args(device="cpu", size="toy", reduced=True, modes=("eager", "graph")))
+    assert found["graph: share of completions equal to eager's, float32"] == 1.0
+    assert all(value for value in found.values() if isinstance(value, bool))
+    gaps = [value for name, value in found.items() if "gap" in name]
+    assert len(gaps) == 5 and all(0 < gap < 0.05 for gap in gaps)
