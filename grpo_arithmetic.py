@@ -43,7 +43,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from common import plot
-from common.checkpoint import atomic_folder, find_checkpoint, gathered, link, load_state, prune, save_state, whole
+from common.checkpoint import atomic_folder, find_checkpoint, gathered, link, load_state, prune, save_state
 from common.log import Logger
 from common.run import (
     StopSignal,
@@ -1460,8 +1460,10 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
         logger.truncate(state["step"], state["elapsed"])
 
     def save(step: int) -> None:
-        # sharded ones are gathered, by all processes together, for the first to write
-        weights, moments = gathered(model, optimizer, world.main) if args.fsdp else (None, None)
+        weights = moments = None
+        if args.fsdp:  # all processes gather, the first one writes; parameters() has a tied weight once
+            weights = gathered({name: p.detach() for name, p in model.named_parameters()}, world.main)
+            moments = {i: gathered(slots, world.main) for i, slots in optimizer.state_dict()["state"].items()}
         if world.main:
             fresh = sorted(trained_prompts) if args.fresh else []
             state.update(step=step, elapsed=logger.elapsed, fresh_prompts=fresh)
@@ -1622,7 +1624,8 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
                         sums[name] += value / args.num_iterations
             if not args.fsdp:  # whose backward pass has done it
                 world.all_sum([p.grad for p in model.parameters() if p.grad is not None])
-            grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            grad_norm = grad_norm.full_tensor() if args.fsdp else grad_norm
             if torch.isfinite(grad_norm) and num_loss_tokens > 0:
                 optimizer.step()
             else:  # AdamW would decay the weights and shift its moments even at gradient zero
@@ -1632,7 +1635,7 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
         if sampler is not model:
             with torch.no_grad():  # in place: captured graphs and caches keep their addresses
                 for low, full in zip(sampler.parameters(), model.parameters()):
-                    low.copy_(whole(full.to(low.dtype)) if args.fsdp else full)
+                    low.copy_(full.to(low.dtype).full_tensor() if args.fsdp else full)
         update_s = time.time() - update_start
 
         # ---- 4. log ----

@@ -56,44 +56,30 @@ def prune(run_dir: Path, keep: int) -> None:
 # ---- state as tensors and JSON ---------------------------------------------------------------------------------------
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor sharded over the processes (FSDP) as one, which all of them must ask for; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def gathered(tensors: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    """Makes tensors that are spread over the processes whole, one by one, on the CPU of the process that keeps them.
 
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, torch.Tensor]:
-    """Every moment of the optimizer as a CPU tensor; {} with keep=False, where only gathering the shards matters."""
-    tensors = {}
-    for index, slots in optimizer.state_dict()["state"].items():
-        for name, value in slots.items():
-            value = whole(torch.as_tensor(value).detach())
-            if keep:
-                tensors[f"optimizer.{index}.{name}"] = value.cpu().contiguous()
-    return tensors
-
-
-def gathered(model: torch.nn.Module, optimizer: torch.optim.Optimizer, keep: bool) -> tuple[dict, dict]:
-    """Weights and moments of a sharded model as whole CPU tensors, one at a time; every process must call it.
-
-    Only a process that says `keep` gets them. A weight that two modules share comes once.
+    Every process calls it, with the same names; those that do not keep get nothing.
     """
-    weights, seen = {}, set()
-    for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) not in seen:
-            seen.add(id(value))
-            value = whole(value.detach())
-            if keep:
-                weights[name] = value.cpu()
-    return weights, optimizer_tensors(optimizer, keep)
+    from torch.distributed.tensor import DTensor
+
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            found[name] = whole
+    return found
 
 
 def save_state(folder: Path, optimizer: torch.optim.Optimizer, state: dict, moments: dict | None = None) -> None:
     """Writes trainer.safetensors (optimizer moments, torch RNG) and trainer.json (`state` and the other RNGs).
 
-    moments: those of a sharded optimizer, from `gathered`.
+    `moments`: the optimizer's state by parameter index, `gathered`, where it is spread over processes.
     """
     tensors = {"rng.torch": torch.get_rng_state()}
-    tensors |= optimizer_tensors(optimizer) if moments is None else moments
+    for index, slots in (optimizer.state_dict()["state"] if moments is None else moments).items():
+        for name, value in slots.items():
+            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
     save_file(tensors, folder / "trainer.safetensors")
     state = state | {"rng": {"python": random.getstate(), "numpy": numpy_rng()}}
     (folder / "trainer.json").write_text(json.dumps(state, indent=1) + "\n")
@@ -109,14 +95,19 @@ def load_state(folder: Path, optimizer: torch.optim.Optimizer, script: str) -> d
     if state.get("script") != script:
         fail(f"checkpoint '{folder}' belongs to {state.get('script')}, not to {script}")
     slots: dict[int, dict] = {}
-    params = [p for group in optimizer.param_groups for p in group["params"]]
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
-            p = params[int(index)]
-            if hasattr(p, "full_tensor") and value.shape == p.shape:  # sharded as the weight is
-                value = distribute(value, p)
             slots.setdefault(int(index), {})[name] = value
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, named in slots.items():
+        p = parameters[index]
+        if hasattr(p, "placements"):  # a DTensor: each process takes its slice of what it has read
+            from torch.distributed.tensor import distribute_tensor
+
+            for name, value in named.items():
+                if value.dim():
+                    named[name] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
     full = optimizer.state_dict()
     optimizer.load_state_dict({"state": slots, "param_groups": full["param_groups"]})
     torch.set_rng_state(tensors["rng.torch"])
@@ -125,13 +116,6 @@ def load_state(folder: Path, optimizer: torch.optim.Optimizer, script: str) -> d
     name, words, *rest = state["rng"]["numpy"]
     np.random.set_state((name, np.array(words, dtype=np.uint32), *rest))
     return state
-
-
-def distribute(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's shard of a whole tensor, sharded as `like` is."""
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
 def numpy_rng() -> list:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, two_processes
+from conftest import ROOT, two_forks
 from safetensors.torch import load_file
 from test_docs import documented_metrics
 from transformers import AutoModelForCausalLM
@@ -215,34 +215,32 @@ def test_decode_steps_without_a_graph_are_counted_and_give_the_same_run(run, cap
             assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4), key
 
 
-def test_two_sharded_processes_go_on_where_one_stopped_and_end_where_it_ends(run, tmp_path, monkeypatch):
-    """FSDP reads whole weights and moments into shards, trains as one process does, and writes whole ones again."""
-    _, folder = run(
-        keep=10, micro_batch_size=4, num_iterations=2, gradient_checkpointing=True, max_grad_norm=1e-3,
-    )  # fmt: skip
-    shutil.copytree(folder, tmp_path / "single", symlinks=True)
-    shutil.rmtree(folder / "checkpoints" / "step-000008")
-    config = json.loads((folder / "config.json").read_text())
-    config["args"]["fsdp"] = True
-    (folder / "config.json").write_text(json.dumps(config))
-    monkeypatch.chdir(tmp_path)
-    two_processes("grpo_arithmetic.py", ["--resume", str(folder)], Path("runs"))
-    single, sharded = timeless(tmp_path / "single"), timeless(folder)
-    assert len(single) == len(sharded)
-    for a, b in zip(single, sharded):
+def test_two_processes_that_share_one_model_equal_one_and_resume(run, monkeypatch):
+    """FSDP: one process's numbers up to rounding; whole, ordinary checkpoints, continued bit for bit."""
+    flags = dict(micro_batch_size=4, num_iterations=2, gradient_checkpointing=True, max_grad_norm=1e-3, keep=10)
+    _, single = run(**flags)
+    main = grpo.main
+    monkeypatch.setattr(grpo, "main", lambda args: sys.exit(max(two_forks(lambda: main(args)))))
+    code, sharded = run(**flags, fsdp=True)
+    assert code == 0
+    for a, b in zip(timeless(single), timeless(sharded), strict=True):
         assert a.keys() == b.keys()
         for key in a:
             assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["step"], key)
     for name in ("model.safetensors", "trainer.safetensors"):
-        one, two = (load_file(path / "checkpoints" / "step-000008" / name) for path in (tmp_path / "single", folder))
+        one, two = (load_file(folder / "last" / name) for folder in (single, sharded))
         assert one.keys() == two.keys()
-        for key in one.keys() - {"rng.torch"}:
-            assert torch.allclose(one[key], two[key], atol=1e-5, rtol=1e-3), key
-    moved = load_file(folder / "checkpoints" / "step-000004" / "model.safetensors")
-    assert not same(moved, weights(folder / "last")), "the four sharded steps must have trained"
-    architectures = json.loads((folder / "last" / "config.json").read_text())["architectures"]
-    assert architectures == ["Qwen2ForCausalLM"]
-    AutoModelForCausalLM.from_pretrained(folder / "last")
+        assert all(torch.allclose(one[key], two[key], atol=1e-5, rtol=1e-3) for key in one.keys() - {"rng.torch"})
+    assert not same(weights(sharded / "checkpoints/step-000004"), weights(sharded / "last"))
+    config = json.loads((sharded / "last" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForCausalLM"]
+    AutoModelForCausalLM.from_pretrained(sharded / "last")
+
+    cut = sharded.with_name("cut")
+    shutil.copytree(sharded, cut, symlinks=True)
+    shutil.rmtree(cut / "checkpoints/step-000008")
+    assert run(resume=cut)[0] == 0
+    assert timeless(cut) == timeless(sharded) and same(weights(cut / "last"), weights(sharded / "last"))
 
 
 def test_a_loss_that_is_not_finite_skips_the_step_and_keeps_the_weights(run, monkeypatch):
