@@ -859,7 +859,7 @@ def decode_step(model, s: DecodeState, *sampling) -> None:
     append_tokens(model.get_output_embeddings()(hidden[:, 0]), s, *sampling)
 
 
-# The fast path of --decode graph and compile, up to the next function. It computes what decode_step computes: a first
+# The fast path of --decode graph and compile, from here to pad_right, computes what decode_step computes: a first
 # reading can skip it.
 
 
@@ -961,10 +961,11 @@ class Decoder:
     def capture(self, step, undo):
         """step() as a CUDA graph: returns what replays it, or None where there are no graphs. undo() takes a step back."""
         if self.buffers.token.device.type != "cuda":
-            if self.compiled:
-                step()
-                undo()
-            return step if self.compiled else None
+            if not self.compiled:
+                return None
+            step()
+            undo()
+            return step
         self.pool = self.pool or torch.cuda.graph_pool_handle()  # no two graphs run at once: they share their memory
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -1010,8 +1011,7 @@ def generate(
     # prefill: padding on the right is never seen by a causal model, and is overwritten column by column below
     cache = DynamicCache(config=model.config)
     hidden = model.base_model(input_ids=prompt_ids, past_key_values=cache, use_cache=True).last_hidden_state
-    last = hidden[torch.arange(len(distinct), device=device), lengths - 1]
-    logits = model.get_output_embeddings()(last)[which]  # (B, V)
+    last = hidden[torch.arange(len(distinct), device=device), lengths - 1]  # (P', d)
 
     # expand: B rows of preallocated cache, row i continues at its own position
     def expand(prefilled):  # (P', heads, L, head_dim) -> (B, heads, L + T, head_dim)
@@ -1031,7 +1031,7 @@ def generate(
         ids=torch.full((B, T), pad_id, device=device),
         logprobs=torch.zeros(B, T, device=device),
     )
-    append_tokens(logits, state, *sampling)
+    append_tokens(model.get_output_embeddings()(last)[which], state, *sampling)
     alive, n = B, 1  # rows in the batch, padding not counted; tokens sampled
     state = decoder.place(state) if decoder else state
     check_every = 1 if device.type == "cpu" else 8  # asking a GPU how many rows have ended stalls it

@@ -130,7 +130,9 @@ def speed(args: Args) -> list[dict]:
     model = make_model(args.size, args.device, dtype)
     weights = sum(p.numel() for p in model.parameters())
     rate, flops, source = bandwidth(args.device)
-    print(f"Qwen2 {args.size}, {weights:,} weights, {dtype}; {source}, {rate / 1e12:.3f} TB/s; torch {torch.__version__}")
+    print(
+        f"Qwen2 {args.size}, {weights:,} weights, {dtype}; {source}, {rate / 1e12:.3f} TB/s; torch {torch.__version__}"
+    )
     rows = []
     for mode in args.modes:
         for B in args.batch_sizes if mode != "compile" else args.compile_batch_sizes:
