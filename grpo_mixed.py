@@ -1014,7 +1014,7 @@ class Decoder:
     def __init__(self, model, compiled: bool, say=print):
         self.model, self.compiled, self.say = model, compiled, say
         self.step = torch.compile(decode_step, dynamic=False, fullgraph=True) if compiled else decode_step
-        self.size, self.graphs, self.fallbacks, self.pool = (0, 0, 0), {}, 0, None
+        self.size, self.fallbacks = (0, 0, 0), 0  # rows, columns and tokens that there is room for; none yet
         if compiled:
             torch._dynamo.config.recompile_limit = 256  # buckets; beyond it is an error, not a silent return to eager
 
@@ -1023,7 +1023,7 @@ class Decoder:
         n, C, (B, T) = len(s.token), s.keys[0].shape[2], s.ids.shape
         need = (*decode_bucket(n, C), T)
         if any(a > b for a, b in zip(need, self.size)):
-            self.graphs.clear()  # they hold the old addresses
+            self.graphs, self.pool = {}, None  # the graphs hold the old addresses
             self.size = R, columns, length = tuple(map(max, need, self.size))
             self.buffers = DecodeState(
                 *(x.new_zeros(R) for x in (s.token, s.position, s.finished, s.output)),
@@ -1085,7 +1085,7 @@ class Decoder:
                 undo()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL's thread goes on
             step()
         return graph.replay
 
