@@ -112,6 +112,7 @@ GRIDS: dict[str, tuple[str, list[Setting]]] = {
         [
             Setting("aligned", {"max_completion_length": 40}),
             Setting("cut at 1", {"max_completion_length": 40}, cut("1")),
+            Setting("cut at 1, 180 steps", {"max_completion_length": 40, "epochs": 180, "eval_every": 60}, cut("1")),
             Setting("cut at len(prompt)", {"max_completion_length": 40}, cut("len(problem.prompt)")),
             Setting("cut at 14", {"max_completion_length": 40}, cut("14")),
         ],
