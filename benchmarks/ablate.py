@@ -112,9 +112,15 @@ GRIDS: dict[str, tuple[str, list[Setting]]] = {
         [
             Setting("aligned", {"max_completion_length": 40}),
             Setting("cut at 1", {"max_completion_length": 40}, cut("1")),
-            Setting("cut at 1, 180 steps", {"max_completion_length": 40, "epochs": 180, "eval_every": 60}, cut("1")),
             Setting("cut at len(prompt)", {"max_completion_length": 40}, cut("len(problem.prompt)")),
             Setting("cut at 14", {"max_completion_length": 40}, cut("14")),
+        ],
+    ),
+    "misaligned_longer": (
+        "The aligned reward and the cut at one character, over 180 steps",
+        [
+            Setting("aligned", {"epochs": 180, "eval_every": 60}),
+            Setting("cut at 1", {"max_completion_length": 40, "epochs": 180, "eval_every": 60}, cut("1")),
         ],
     ),
     "generations": (
