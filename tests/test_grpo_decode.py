@@ -7,6 +7,8 @@ graph would be captured from. What is left to a GPU is that capture and replay d
 import copy
 import importlib.util
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,6 +182,37 @@ def test_steps_without_a_graph_are_counted_and_sample_the_same_tokens():
     assert failing.fallbacks == slow[0].shape[1] - 1
     assert len(said) == len(failing.graphs) and "64 x 64" in said[0] and "not permitted" in said[0]
     assert "\n" not in said[0]
+
+
+def test_capturing_takes_every_step_of_the_warm_up_back_and_runs_none_itself(monkeypatch):
+    """The order of CUDA's calls, with stand-ins for them: steps run in pairs with undo() on a side stream, then one is
+    recorded, into a pool of memory that all graphs share."""
+    done = []
+
+    class Stream:
+        def wait_stream(self, other):
+            done.append("wait")
+
+    class Recording:
+        def __init__(self, graph, pool, capture_error_mode):
+            done.append(("record", pool))
+
+        __enter__ = lambda self: None  # noqa: E731
+        __exit__ = lambda self, *error: done.append("end")  # noqa: E731
+
+    main, pools, graph = Stream(), iter("ab"), SimpleNamespace(replay=lambda: done.append("replay"))
+    fakes = {
+        "Stream": Stream, "current_stream": lambda: main, "stream": lambda stream: nullcontext(), "graph": Recording,
+        "graph_pool_handle": lambda: next(pools), "CUDAGraph": lambda: graph,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    decoder = Decoder(make_model(), compiled=False)
+    decoder.pool, decoder.buffers = None, SimpleNamespace(token=SimpleNamespace(device=torch.device("cuda")))
+    for _ in range(2):
+        decoder.capture(lambda: done.append("step"), lambda: done.append("undo"))()
+    once = ["wait", "step", "undo", "step", "undo", "wait", ("record", "a"), "step", "end", "replay"]
+    assert done == once * 2
 
 
 def test_the_step_compiles_as_one_graph_without_python_in_between():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import make_model
 from test_grpo_model import PROMPTS, SAMPLING
+from test_grpo_run import rows, run  # noqa: F401  # a fixture
 
 from grpo_arithmetic import Decoder, generate, pad_right, sampling_noise, token_logprobs
 
@@ -62,3 +63,11 @@ def test_captured_steps_sample_the_tokens_of_the_eager_loop_also_after_a_refresh
         graphs = len(decoder.graphs)
     rollout(sampler, 24, 20, decoder, seed=0)
     assert decoder.fallbacks == 0 and len(decoder.graphs) == graphs > 1, "graphs are captured once"
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": True, "gradient_checkpointing": True, "num_iterations": 2}])
+def test_a_run_on_the_gpu_captures_every_decode_step(run, options):  # noqa: F811
+    code, folder = run(epochs=2, device="cuda", decode="graph", rewards=("rich",), **options)
+    logged = [row for row in rows(folder) if "train/reward" in row]
+    assert code == 0 and len(logged) == 4 and all(row["time/decode_fallbacks"] == 0 for row in logged)
+    assert all(row["train/sampling_logp_difference/mean"] < 0.05 and row["train/skipped"] == 0 for row in logged)
