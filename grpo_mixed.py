@@ -32,8 +32,9 @@ import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import MethodType
 from typing import Literal
 
 import numpy as np
@@ -41,12 +42,12 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import logging as hub_logging
 from torch.utils.checkpoint import checkpoint as recompute
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from common import plot
-from common.checkpoint import atomic_folder, find_checkpoint, link, load_state, prune, save_state
+from common.checkpoint import atomic_folder, find_checkpoint, gathered, link, load_state, prune, save_state
 from common.log import Logger
 from common.run import (
     StopSignal,
@@ -139,6 +140,10 @@ class Args:
     """attention of the training rows; default: sdpa on a GPU, eager on a CPU (faster there for short rows)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
+    compile: bool = False
+    """torch.compile the transformer layers of the update (not yet run on a GPU)"""
+    fsdp: bool = False
+    """shard weights, gradients and optimizer state over the processes of torchrun (not yet run on GPUs)"""
 
     # rollout
     batch_size: int = 240
@@ -149,6 +154,8 @@ class Args:
     """sampling temperature in (0, 2]; every log-prob is that of the tempered distribution"""
     max_completion_length: int = 16
     """new tokens at most"""
+    decode: Literal["eager", "graph", "compile"] = "eager"
+    """decode steps: op by op, as captured CUDA graphs, or compiled and captured (the last two not yet run on a GPU)"""
 
     # update
     epochs: int | None = None
@@ -570,7 +577,7 @@ def load_model(args: Args, device: torch.device):
     try:
         model = AutoModelForCausalLM.from_pretrained(
             args.model_name, dtype=torch.float32, attn_implementation=attention
-        ).to(device)
+        ).to("cpu" if args.fsdp else device)  # the whole of it may be more than a GPU holds; shards move there
     except Exception as error:  # a missing, damaged or foreign weight file raises whatever its reader raises
         fail(f"the weights of '{args.model_name}' cannot be loaded: {type(error).__name__}: {error}")
     for module in model.modules():
@@ -625,6 +632,28 @@ def swapped(model, weights: list[torch.Tensor]):
         yield model
     finally:
         swap()
+
+
+def decoder_layers(model) -> torch.nn.ModuleList:
+    """The transformer layers, whatever the architecture calls them."""
+    return next(module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList))
+
+
+def shard(model, args: Args, world: World) -> None:
+    """FSDP2: each process keeps a part of every weight, gradient and moment; a layer is gathered while it computes.
+
+    The gradients that backward leaves are means over the processes. Only token_logprobs gathers embedding and head.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    exact = isinstance(autocast(args, world.device), nullcontext)
+    options = {} if exact else {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for module in [*decoder_layers(model), model]:
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**options), reshard_after_forward=True)
+    model.token_logprobs = MethodType(token_logprobs, model)
+    register_fsdp_forward_method(model, "token_logprobs")
 
 
 # ---- 4. Algorithm ----------------------------------------------------------------------------------------------------
@@ -855,8 +884,7 @@ class RowCacheLayer(CacheLayerMixin):
     """Preallocated keys and values (B, heads, capacity, head_dim) in which every row has its own next position.
 
     Rows of different prompt lengths need no padding on the left: row i writes column position[i], whatever the others
-    do. `rows` and `position` are shared by all layers and updated in place, so one decode step is a fixed sequence of
-    kernels on fixed addresses, which is what CUDA-graph capture asks for.
+    do. `rows` and `position` are shared by all layers.
     """
 
     is_sliding = False
@@ -873,10 +901,6 @@ class RowCacheLayer(CacheLayerMixin):
         self.values[self.rows, :, self.position] = value_states[:, :, 0].to(self.values.dtype)
         return self.keys, self.values
 
-    def keep(self, chosen, rows, position):
-        """Drops all rows but `chosen`."""
-        self.keys, self.values, self.rows, self.position = self.keys[chosen], self.values[chosen], rows, position
-
     def get_seq_length(self):
         return self.keys.shape[2] - 1  # only asked for where positions and mask are not given, and here both are
 
@@ -885,6 +909,185 @@ class RowCacheLayer(CacheLayerMixin):
 
     def get_max_length(self):
         return self.keys.shape[2]
+
+
+@dataclass
+class DecodeState:
+    """What a decode step reads and writes: the b rows still in the batch of B completions, C columns of cache.
+
+    A step changes these tensors in place and never their shapes: it is a fixed sequence of kernels on fixed addresses,
+    which is what CUDA-graph capture asks for.
+    """
+
+    token: torch.Tensor  # (b,) sampled last, fed next
+    position: torch.Tensor  # (b,) its column in the cache
+    finished: torch.Tensor  # (b,) bool
+    output: torch.Tensor  # (b,) which completion the row is
+    keys: list[torch.Tensor]  # of each layer, (b, heads, C, head_dim)
+    values: list[torch.Tensor]
+    t: torch.Tensor  # (1,) index of the token that is sampled next; a scalar index would be asked for by the host
+    noise: torch.Tensor  # (B, T)
+    ids: torch.Tensor  # (B, T)
+    logprobs: torch.Tensor  # (B, T)
+
+    def __post_init__(self):
+        rows = torch.arange(len(self.token), device=self.token.device)
+        layers = [RowCacheLayer(k, v, rows, self.position) for k, v in zip(self.keys, self.values)]
+        self.cache = Cache(layers=layers)
+
+    def rows(self, chosen, columns=None):
+        """The state of some rows; with slices a view, with indices a copy."""
+        columns = slice(columns)
+        small = {name: getattr(self, name)[chosen] for name in ("token", "position", "finished", "output")}
+        keys, values = ([x[chosen][:, :, columns] for x in caches] for caches in (self.keys, self.values))
+        return replace(self, keys=keys, values=values, **small)
+
+
+def append_tokens(logits, s: DecodeState, temperature, stop_ids, pad_id, vocab_size) -> None:
+    """Samples the next token of every row from logits (b, V) and writes it down."""
+    uniform = s.noise[s.output, s.t] if temperature > 0 else None
+    tokens, logp = sample_tokens(logits, uniform, temperature, vocab_size)
+    s.token.copy_(torch.where(s.finished, pad_id, tokens))
+    s.ids[s.output, s.t] = s.token
+    s.logprobs[s.output, s.t] = torch.where(s.finished, 0.0, logp.float())
+    for stop_id in stop_ids:
+        s.finished |= tokens == stop_id
+    s.t += 1
+
+
+def decode_step(model, s: DecodeState, *sampling) -> None:
+    """Feeds the last token of every row and appends the next one."""
+    visible = torch.arange(s.keys[0].shape[2], device=s.token.device) <= s.position[:, None]  # (b, C)
+    hidden = model.base_model(
+        input_ids=s.token[:, None],
+        attention_mask=additive(visible, model.dtype)[:, None, None],  # (b, 1, 1, C)
+        position_ids=s.position[:, None],
+        past_key_values=s.cache,
+        use_cache=True,
+    ).last_hidden_state  # (b, 1, d)
+    s.position += 1
+    append_tokens(model.get_output_embeddings()(hidden[:, 0]), s, *sampling)
+
+
+# The fast path of --decode graph and compile, from here to pad_right, computes what decode_step computes: a first
+# reading can skip it.
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention in which the query heads of a KV head are rows of one product, so that the cache is not repeated.
+
+    query (B, H, S, D), key and value (B, K, C, D), mask (B, 1, 1, C) for S = 1 or None for causal -> (B, S, H, D).
+    """
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError("packed_attention has neither capped scores nor attention sinks")
+    B, H, S, D = query.shape
+    K = key.shape[1]
+    if attention_mask is None:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=H > K)
+    else:
+        query = query.reshape(B, K, H // K, D)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(B, H, S, D).transpose(1, 2), None
+
+
+AttentionInterface.register("packed", packed_attention)
+
+
+def decode_bucket(rows: int, columns: int) -> tuple[int, int]:
+    """The shape whose graph serves a batch: rows 8, 12, 16, 24, 32, 48, ..., so that at most a third is padding, columns
+    in multiples of 64.
+
+    >>> decode_bucket(256, 40), decode_bucket(130, 65), decode_bucket(1, 64)
+    ((256, 64), (192, 128), (8, 64))
+    """
+    power = 1 << (max(rows, 8) - 1).bit_length()  # the power of two at or above
+    return power * 3 // 4 if 8 < rows <= power * 3 // 4 else power, -(-columns // 64) * 64
+
+
+class Decoder:
+    """Decode steps on buffers that stay where they are, one captured CUDA graph per bucket and sampling settings.
+
+    model: its weights may change in place, never move. fallbacks: steps that ran without graph and compilation, because
+    the device has no graphs or a capture failed; `say` tells why.
+    """
+
+    def __init__(self, model, compiled: bool, say=print):
+        self.model, self.compiled, self.say = model, compiled, say
+        self.step = torch.compile(decode_step, dynamic=False, fullgraph=True) if compiled else decode_step
+        self.size, self.fallbacks = (0, 0, 0), 0  # rows, columns and tokens that there is room for; none yet
+        if compiled:
+            torch._dynamo.config.recompile_limit = 256  # buckets; beyond it is an error, not a silent return to eager
+
+    def place(self, s: DecodeState) -> DecodeState:
+        """Copies a state into the buffers, its rows padded to the bucket. They grow, and graphs go, if it has no room."""
+        n, C, (B, T) = len(s.token), s.keys[0].shape[2], s.ids.shape
+        need = (*decode_bucket(n, C), T)
+        if any(a > b for a, b in zip(need, self.size)):
+            self.graphs, self.pool = {}, None  # the graphs hold the old addresses
+            self.size = R, columns, length = tuple(map(max, need, self.size))
+            self.buffers = DecodeState(
+                *(x.new_zeros(R) for x in (s.token, s.position, s.finished, s.output)),
+                *([x.new_zeros(R, x.shape[1], columns, x.shape[3]) for x in xs] for xs in (s.keys, s.values)),
+                s.t.clone(),
+                *(x.new_zeros(R + 1, length) for x in (s.noise, s.ids, s.logprobs)),  # padding writes to the last row
+            )
+        own = self.buffers
+        if s.ids is not own.ids:  # a new batch, not what is left of one
+            own.t.copy_(s.t)
+            own.noise[:B, :T], own.ids[:B, :T], own.logprobs[:B, :T] = s.noise, s.ids, s.logprobs
+        view = own.rows(slice(need[0]))
+        for name, padding in {"token": 0, "position": 0, "finished": True, "output": self.size[0]}.items():
+            getattr(view, name)[:n], getattr(view, name)[n:] = getattr(s, name), padding
+        for buffer, new in zip(view.keys + view.values, s.keys + s.values):
+            buffer[:n, :, :C], buffer[:n, :, C:] = new, 0  # nothing of an earlier batch, be it not a number
+        return view
+
+    def advance(self, s: DecodeState, columns: int, *sampling) -> None:
+        """One decode step of a placed state whose rows fill at most `columns` columns of the cache."""
+        rows, columns = decode_bucket(len(s.token), columns)
+        key = (rows, columns, *sampling)
+        with torch.autocast(s.token.device.type, enabled=False):  # one dtype throughout; casts would move
+            if key not in self.graphs:
+                view = self.buffers.rows(slice(rows), columns)
+                plain = partial(decode_step, self.model, view, *sampling)
+                changed = (view.token, view.position, view.finished, view.t)
+                before = [x.clone() for x in changed]
+
+                def undo():
+                    for x, value in zip(changed, before):
+                        x.copy_(value)
+
+                try:
+                    fast = self.capture(partial(self.step, self.model, view, *sampling), undo)
+                except Exception as error:  # whatever the compiler or CUDA raises
+                    undo()
+                    fast = None
+                    self.say(f"decode bucket {rows} x {columns} runs uncaptured: {str(error).splitlines()[0]}")
+                self.graphs[key] = (fast or plain, fast is None)
+            run, is_fallback = self.graphs[key]
+            run()
+            self.fallbacks += is_fallback
+
+    def capture(self, step, undo):
+        """step() as a CUDA graph: returns what replays it, or None where there are no graphs. undo() takes a step back."""
+        if self.buffers.token.device.type != "cuda":
+            if not self.compiled:
+                return None
+            step()
+            undo()
+            return step
+        self.pool = self.pool or torch.cuda.graph_pool_handle()  # no two graphs run at once: they share their memory
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles; libraries make their workspaces, which must not be part of a graph
+                step()
+                undo()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL's thread goes on
+            step()
+        return graph.replay
 
 
 def pad_right(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -898,11 +1101,13 @@ def pad_right(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor,
 
 @torch.no_grad()
 def generate(
-    model, prompts, *, num_generations, max_new_tokens, temperature, stop_ids, pad_id, noise=None, vocab_size=None
-):
+    model, prompts, *, num_generations, max_new_tokens, temperature, stop_ids, pad_id, noise=None, vocab_size=None,
+    decoder=None,
+):  # fmt: skip
     """Samples num_generations completions of each prompt.
 
-    prompts: P lists of token ids; noise (B, max_new_tokens) from sampling_noise, None at temperature 0.
+    prompts: P lists of token ids; noise (B, max_new_tokens) from sampling_noise, None at temperature 0; decoder: a
+    Decoder of this model for --decode graph and compile, None for decode steps op by op.
     Returns ids (B, T) int64 with pad_id after the end, mask (B, T) bool up to and including the first end token, and
     logprobs (B, T) float32 of the sampled tokens, 0 where masked; B = P * num_generations, T <= max_new_tokens.
     """
@@ -910,63 +1115,50 @@ def generate(
     distinct = list(dict.fromkeys(map(tuple, prompts)))  # each distinct prompt is prefilled once
     which = torch.tensor([distinct.index(tuple(p)) for p in prompts], device=device).repeat_interleave(num_generations)
     prompt_ids, lengths = pad_right([list(p) for p in distinct], pad_id, device)  # (P', L), (P',)
-    L, B = prompt_ids.shape[1], len(which)
-    if temperature > 0:
-        noise = noise.to(device)
+    L, B, T = prompt_ids.shape[1], len(which), max_new_tokens
+    sampling = (temperature, tuple(stop_ids), pad_id, vocab_size)
 
     # prefill: padding on the right is never seen by a causal model, and is overwritten column by column below
     cache = DynamicCache(config=model.config)
     hidden = model.base_model(input_ids=prompt_ids, past_key_values=cache, use_cache=True).last_hidden_state
-    head = model.get_output_embeddings()
-    logits = head(hidden[torch.arange(len(distinct), device=device), lengths - 1])[which]  # (B, V)
+    last = hidden[torch.arange(len(distinct), device=device), lengths - 1]  # (P', d)
 
     # expand: B rows of preallocated cache, row i continues at its own position
-    position = lengths[which]  # (B,) column of the token that is fed next
-    rows = torch.arange(B, device=device)
-    layers = []
-    for layer in cache.layers:
-        shape = (B, layer.keys.shape[1], L + max_new_tokens, layer.keys.shape[3])
-        keys, values = layer.keys.new_zeros(shape), layer.values.new_zeros(shape)
-        keys[:, :, :L], values[:, :, :L] = layer.keys[which], layer.values[which]
-        layers.append(RowCacheLayer(keys, values, rows, position))
-    row_cache = Cache(layers=layers)
-    visible = torch.arange(L + max_new_tokens, device=device) < position[:, None]  # (B, L + T)
-    attention_mask = additive(visible, model.dtype)[:, None, None]  # (B, 1, 1, L + T)
+    def expand(prefilled):  # (P', heads, L, head_dim) -> (B, heads, L + T, head_dim)
+        out = prefilled.new_zeros(B, prefilled.shape[1], L + T, prefilled.shape[3])
+        out[:, :, :L] = prefilled[which]
+        return out
 
-    ids = torch.full((B, max_new_tokens), pad_id, device=device)
-    logprobs = torch.zeros(B, max_new_tokens, device=device)
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
-    stop = torch.tensor(stop_ids, device=device)
-    alive = rows  # (b,) which completions the b rows still in the batch are
+    state = DecodeState(
+        token=torch.zeros(B, dtype=torch.long, device=device),
+        position=lengths[which],
+        finished=torch.zeros(B, dtype=torch.bool, device=device),
+        output=torch.arange(B, device=device),
+        keys=[expand(layer.keys) for layer in cache.layers],
+        values=[expand(layer.values) for layer in cache.layers],
+        t=torch.zeros(1, dtype=torch.long, device=device),
+        noise=noise.to(device) if temperature > 0 else torch.zeros(B, T, device=device),
+        ids=torch.full((B, T), pad_id, device=device),
+        logprobs=torch.zeros(B, T, device=device),
+    )
+    append_tokens(model.get_output_embeddings()(last)[which], state, *sampling)
+    alive, n = B, 1  # rows in the batch, padding not counted; tokens sampled
+    state = decoder.place(state) if decoder else state
     check_every = 1 if device.type == "cpu" else 8  # asking a GPU how many rows have ended stalls it
-    for t in range(max_new_tokens):
-        uniform = noise[alive, t] if temperature > 0 else None
-        tokens, logp = sample_tokens(logits, uniform, temperature, vocab_size)
-        ids[alive, t] = torch.where(finished, pad_id, tokens)
-        logprobs[alive, t] = torch.where(finished, 0.0, logp.float())
-        finished |= torch.isin(tokens, stop)
-        if t + 1 == max_new_tokens:
-            break
-        if (t + 1) % check_every == 0:
-            chosen = (~finished).nonzero()[:, 0]
+    while n < T:
+        if n % check_every == 0:
+            chosen = (~state.finished).nonzero()[:, 0]
             if len(chosen) == 0:
                 break
-            if 2 * len(chosen) <= len(alive):  # half the rows have ended: go on with the others alone
-                alive, position, finished = alive[chosen], position[chosen], finished[chosen]
-                attention_mask, rows = attention_mask[chosen], torch.arange(len(chosen), device=device)
-                for layer in layers:
-                    layer.keep(chosen, rows, position)
-        attention_mask[rows, 0, 0, position] = 0.0
-        hidden = model.base_model(
-            input_ids=ids[alive, t : t + 1],
-            attention_mask=attention_mask,
-            position_ids=position[:, None],
-            past_key_values=row_cache,
-            use_cache=True,
-        ).last_hidden_state
-        logits = head(hidden[:, 0])
-        position += 1
-    ids, logprobs = ids[:, : t + 1], logprobs[:, : t + 1]
+            if 2 * len(chosen) <= alive:  # half the rows have ended: go on with the others alone
+                state, alive = state.rows(chosen), len(chosen)
+                state = decoder.place(state) if decoder else state
+        if decoder:
+            decoder.advance(state, L + n, *sampling)
+        else:
+            decode_step(model, state, *sampling)
+        n += 1
+    ids, logprobs = state.ids[:B, :n].clone(), state.logprobs[:B, :n]  # the decoder's own buffers serve the next call
     mask = completion_mask(ids, stop_ids)
     return ids, mask, logprobs * mask
 
@@ -1167,6 +1359,10 @@ def check_training(args: Args, world: World) -> None:
         fail("--epochs, --num-iterations and --n-samples must be at least 1, and --refill at least 0")
     if args.delta is not None and args.delta <= 1 + args.epsilon:
         fail(f"--delta {args.delta} must be above 1 + epsilon = {1 + args.epsilon}, or it replaces the ordinary clip")
+    if args.fsdp and (args.compile or args.low_memory_reference or args.attn_implementation == "flash_attention_2"):
+        fail("--fsdp goes with neither --compile, --low-memory-reference (it is sharded anyway) nor flash_attention_2")
+    if args.fsdp and world.size == 1:
+        fail("--fsdp shards over processes: start it with `uv run torchrun --nproc-per-node N`, or leave it out")
     if unknown := set(args.rewards) - set(REWARDS):
         fail(f"unknown reward {sorted(unknown)[0]!r}; known: {', '.join(REWARDS)}")
     if not args.rewards or len(args.reward_weights) != len(args.rewards):
@@ -1301,14 +1497,21 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
     local_P, local_B = P // world.size, B // world.size
     stop_ids = stop_token_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    sampling = {"stop_ids": stop_ids, "pad_id": pad_id, "vocab_size": len(tokenizer)}
     device = world.device
 
     # the policy that samples: on a GPU a bfloat16 copy of the fp32 masters, refreshed in place after every update
     low_precision = not isinstance(autocast(args, device), nullcontext)
-    sampler = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False) if low_precision else model
+    sampler, decoder = model, None
+    if low_precision or args.decode != "eager" or args.compile or args.fsdp:
+        sampler = copy.deepcopy(model).to(device, torch.bfloat16 if low_precision else None).requires_grad_(False)
     if args.attn_implementation == "flash_attention_2":
         sampler.set_attn_implementation("sdpa")  # a cache with a position per row needs a mask, which flash-attn lacks
+    if args.decode != "eager":
+        sampler.set_attn_implementation("packed")
+        decoder = Decoder(sampler, args.decode == "compile", logger.say)
+        if args.decode == "graph" and device.type != "cuda":
+            logger.say("--decode graph: no CUDA graphs on a CPU; steps run uncaptured, see time/decode_fallbacks")
+    sampling = {"stop_ids": stop_ids, "pad_id": pad_id, "vocab_size": len(tokenizer), "decoder": decoder}
 
     if args.eval_only:
         metrics, table = evaluate(sampler, tokenizer, eval_problems, set(), args, world, **sampling)
@@ -1345,6 +1548,12 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
             initial_weights = [p.detach().to("cpu", copy=True) for p in start_model.parameters()]
         else:
             reference = (start_model if checkpoint else copy.deepcopy(model)).requires_grad_(False)
+    for network in filter(None, (model, reference)):
+        if args.fsdp:
+            shard(network, args, world)
+        if args.compile:
+            for layer in decoder_layers(network):
+                layer.compile(dynamic=True)  # rows are never of one length
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
     )
@@ -1361,14 +1570,18 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
         logger.truncate(state["step"], state["elapsed"])
 
     def save(step: int) -> None:
+        weights = moments = None
+        if args.fsdp:  # all processes gather, the first one writes; parameters() has a tied weight once
+            weights = gathered({name: p.detach() for name, p in model.named_parameters()}, world.main)
+            moments = {i: gathered(slots, world.main) for i, slots in optimizer.state_dict()["state"].items()}
         if world.main:
             fresh = sorted(trained_prompts) if args.fresh else []
             state.update(step=step, elapsed=logger.elapsed, fresh_prompts=fresh)
             folder = run_dir / "checkpoints" / f"step-{step:06d}"
             with atomic_folder(folder) as temporary:
-                model.save_pretrained(temporary)
+                model.save_pretrained(temporary, state_dict=weights)
                 tokenizer.save_pretrained(temporary)
-                save_state(temporary, optimizer, state)
+                save_state(temporary, optimizer, state, moments)
             link(run_dir, "last", folder)
             if state["best_step"] == step:
                 link(run_dir, "best", folder)
@@ -1482,9 +1695,10 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
         world.all_sum([num_loss_tokens])
 
         def logprobs_of(policy, prompts_slice, rows_slice):
+            logprobs_under = policy.token_logprobs if args.fsdp else partial(token_logprobs, policy)
             with autocast(args, device):
-                return token_logprobs(
-                    policy, prompt_ids[prompts_slice], prompt_lengths[prompts_slice], ids[rows_slice],
+                return logprobs_under(
+                    prompt_ids[prompts_slice], prompt_lengths[prompts_slice], ids[rows_slice],
                     loss_mask[rows_slice], temperature=args.temperature, vocab_size=len(tokenizer),
                     share_prompt=False if args.attn_implementation == "flash_attention_2" else args.share_prompt,
                 )  # fmt: skip
@@ -1515,15 +1729,17 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
                     delta=args.delta, max_completion_length=args.max_completion_length,
                     num_loss_tokens=num_loss_tokens, num_sequences=B,
                 )  # fmt: skip
-                loss.backward()
+                (loss * world.size if args.fsdp else loss).backward()  # FSDP takes means over processes, we take sums
                 metrics |= {"loss": loss.detach(), "entropy": entropy.sum() / num_loss_tokens.clamp(min=1)}
                 for name, value in metrics.items():
                     if name in extremes:
                         extremes[name] = (min if name.endswith("min") else max)(extremes[name], value.item())
                     else:
                         sums[name] += value / args.num_iterations
-            world.all_sum([p.grad for p in model.parameters() if p.grad is not None])
+            if not args.fsdp:  # whose backward pass has done it
+                world.all_sum([p.grad for p in model.parameters() if p.grad is not None])
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            grad_norm = grad_norm.full_tensor() if args.fsdp else grad_norm
             if torch.isfinite(grad_norm) and num_loss_tokens > 0:
                 optimizer.step()
             else:  # AdamW would decay the weights and shift its moments even at gradient zero
@@ -1533,7 +1749,7 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
         if sampler is not model:
             with torch.no_grad():  # in place: captured graphs and caches keep their addresses
                 for low, full in zip(sampler.parameters(), model.parameters()):
-                    low.copy_(full)
+                    low.copy_(full.to(low.dtype).full_tensor() if args.fsdp else full)
         update_s = time.time() - update_start
 
         # ---- 4. log ----
@@ -1599,6 +1815,7 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
             "time/generation_s": generation_s,
             "time/update_s": update_s,
             "time/step_s": time.time() - step_start,
+            "time/decode_fallbacks": decoder.fallbacks if decoder else 0,
         }
         shown = range(min(args.log_completions, local_B))
         evaluating = (args.eval_every and step % args.eval_every == 0) or step == total_steps

@@ -6,6 +6,7 @@ is tiny on purpose: both sides keep the completions of the untrained model, so b
 
     uv run --group bench python benchmarks/grpo_vs_trl.py                               # bundled model, CPU
     uv run --group bench python benchmarks/grpo_vs_trl.py --device cuda --random-qwen2  # Qwen2-0.5B's shape, GPU
+    uv run --group bench python benchmarks/grpo_vs_trl.py --device cuda --random-qwen2 --decode graph
 """
 
 import json
@@ -44,6 +45,10 @@ class Args:
     """loss of both sides"""
     beta: float = 0.1
     """KL weight of both sides"""
+    decode: Literal["eager", "graph", "compile"] = "eager"
+    """decode steps of our side"""
+    compile: bool = False
+    """our side compiles the layers of the update"""
     steps: int = 10
     """timed steps of each process"""
     warmup: int = 2
@@ -91,7 +96,8 @@ def run_ours(args: Args) -> dict:
             model_name=args.model_name, device=args.device, batch_size=args.batch_size, loss_type=args.loss_type,
             num_generations=args.num_generations, max_completion_length=args.max_completion_length, beta=args.beta,
             epochs=total, n_samples=args.batch_size // args.num_generations, learning_rate=1e-7, output_dir=folder,
-            eval_every=0, eval_samples=1, eval_batch_size=args.batch_size, save_every=0,
+            eval_every=0, eval_samples=1, eval_batch_size=args.batch_size, save_every=0, decode=args.decode,
+            compile=args.compile,
         )  # fmt: skip
         try:
             grpo.main(flags)
@@ -160,6 +166,7 @@ def both(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = random_qwen2_folder(folder) if args.random_qwen2 else args.model_name
         flags = [f"--model-name={model}", f"--device={args.device}", f"--loss-type={args.loss_type}"]
+        flags += [f"--decode={args.decode}", "--compile" if args.compile else "--no-compile"]
         for name in ("batch_size", "num_generations", "max_completion_length", "beta", "steps", "warmup"):
             flags.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
         results = {"ours": [], "trl": []}

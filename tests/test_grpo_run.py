@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, two_forks
 from safetensors.torch import load_file
 from test_docs import documented_metrics
 from transformers import AutoModelForCausalLM
@@ -168,9 +168,12 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(run, options, tmp_path
         {"low_memory_reference": True},
         {"gradient_checkpointing": True},
         {"attn_implementation": "sdpa"},
+        {"compile": True},
     ],
 )
-def test_options_that_change_memory_do_not_change_the_run(run, options):
+def test_options_that_change_memory_or_speed_do_not_change_the_run(run, options, monkeypatch):
+    compile_in_place = torch.nn.Module.compile  # traced, but not translated to C++, which takes half a minute
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **kw: compile_in_place(m, backend="aot_eager", **kw))
     base, other = (timeless(run(epochs=1, **o)[1]) for o in ({}, options))
     assert len(base) == len(other)
     for a, b in zip(base, other):
@@ -199,6 +202,47 @@ def test_two_processes_equal_one(run, tmp_path, micro_model_folder):
             assert a[key] == pytest.approx(b[key], abs=1e-3, rel=1e-3), (a["step"], key)
     for a, b in zip(rows(single, "completions"), rows(double, "completions"), strict=True):
         assert a["prompt"] == b["prompt"] and a["completion"] == b["completion"]
+
+
+def test_decode_steps_without_a_graph_are_counted_and_give_the_same_run(run, capsys):
+    folders = {decode: run(epochs=1, decode=decode)[1] for decode in ("eager", "graph")}
+    assert "no CUDA graphs on a CPU" in capsys.readouterr().out
+    eager, graph = ([row for row in rows(folder) if "train/reward" in row] for folder in folders.values())
+    assert [row["time/decode_fallbacks"] for row in eager] == [0, 0]
+    assert 0 < graph[0]["time/decode_fallbacks"] < graph[1]["time/decode_fallbacks"]
+    for a, b in zip(eager, graph):
+        for key in a.keys() - {key for key in a if key.startswith("time/") or "sampling_logp" in key}:
+            assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4), key
+
+
+def test_two_processes_that_share_one_model_equal_one_and_resume(run, monkeypatch):
+    """FSDP: one process's numbers up to rounding; whole, ordinary checkpoints, continued bit for bit."""
+    flags = dict(micro_batch_size=4, num_iterations=2, gradient_checkpointing=True, max_grad_norm=1e-2, keep=10)
+    flags |= dict(rewards=("rich",))  # by distance: groups have spread, so there is a gradient to compare and to clip
+    _, single = run(**flags)
+    assert all(row["train/grad_norm"] > 1e-2 for row in rows(single) if "train/reward" in row)
+    main = grpo.main
+    monkeypatch.setattr(grpo, "main", lambda args: sys.exit(max(two_forks(lambda: main(args)))))
+    code, sharded = run(**flags, fsdp=True)
+    assert code == 0
+    for a, b in zip(timeless(single), timeless(sharded), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["step"], key)
+    for name in ("model.safetensors", "trainer.safetensors"):
+        one, two = (load_file(folder / "last" / name) for folder in (single, sharded))
+        assert one.keys() == two.keys()
+        assert all(torch.allclose(one[key], two[key], atol=1e-5, rtol=1e-3) for key in one.keys() - {"rng.torch"})
+    assert not same(weights(sharded / "checkpoints/step-000004"), weights(sharded / "last"))
+    config = json.loads((sharded / "last" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForCausalLM"]
+    AutoModelForCausalLM.from_pretrained(sharded / "last")
+
+    cut = sharded.with_name("cut")
+    shutil.copytree(sharded, cut, symlinks=True)
+    shutil.rmtree(cut / "checkpoints/step-000008")
+    assert run(resume=cut)[0] == 0
+    assert timeless(cut) == timeless(sharded) and same(weights(cut / "last"), weights(sharded / "last"))
 
 
 def test_a_loss_that_is_not_finite_skips_the_step_and_keeps_the_weights(run, monkeypatch):
@@ -305,6 +349,10 @@ BAD = [
     (dict(delta=1.1), "above 1 + epsilon"),
     (dict(attn_implementation="flash_attention_2"), "needs a GPU and bfloat16"),
     (dict(device="cuda"), "no CUDA device"),
+    (dict(fsdp=True), "uv run torchrun"),
+    (dict(fsdp=True, compile=True), "neither --compile"),
+    (dict(fsdp=True, low_memory_reference=True), "sharded anyway"),
+    (dict(decode="fast"), "fast"),
     (dict(resume="no/such/run"), "does not exist"),
     (dict(resume=".", beta=0.5), "drop --beta"),
     (dict(init_from="no/such/run"), "does not exist"),

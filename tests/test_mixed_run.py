@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, two_forks
 from safetensors.torch import load_file
 from test_docs import documented_metrics
 
@@ -59,6 +59,23 @@ def rows(run_dir: Path, name="metrics"):
 
 def timeless(run_dir: Path):
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(run_dir)]
+
+
+def test_two_sharded_processes_with_the_decoders_buffers_equal_one_without(run, monkeypatch):
+    """--fsdp and --decode graph in this script's loop; what they do inside is shared with grpo_arithmetic.py."""
+    _, single = run(epochs=2, num_iterations=2, rewards=("rich",))
+    assert all(row["train/grad_norm"] > 1e-2 for row in rows(single) if "train/reward" in row)
+    main = mixed.main
+    monkeypatch.setattr(mixed, "main", lambda args: sys.exit(max(two_forks(lambda: main(args)))))
+    code, sharded = run(epochs=2, num_iterations=2, rewards=("rich",), fsdp=True, decode="graph")
+    assert code == 0
+    for a, b in zip(timeless(single), timeless(sharded), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-3), (a["step"], key)
+    assert [row["time/decode_fallbacks"] > 0 for row in rows(sharded) if "train/reward" in row] == [True] * 4
+    model, moments = (load_file(sharded / "last" / f"{name}.safetensors") for name in ("model", "trainer"))
+    assert all(torch.isfinite(x).all() for x in model.values()) and len(moments) == 3 * len(model) + 1
 
 
 def test_a_run_logs_by_task_what_its_tables_and_its_page_say(run):

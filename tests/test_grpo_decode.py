@@ -1,0 +1,238 @@
+"""--decode graph and compile: buffers, buckets and bookkeeping of captured decode steps, as far as a CPU can prove them.
+
+A CPU has no CUDA graphs, so a stand-in replays the step it was given: the very function, buffers and addresses that a
+graph would be captured from. What is left to a GPU is that capture and replay do what CUDA promises.
+"""
+
+import copy
+import importlib.util
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, make_model
+from test_grpo_model import ARCHITECTURES, PROMPTS, SAMPLING
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from grpo_arithmetic import Decoder, append_tokens, decode_bucket, decode_step, generate, sampling_noise
+
+
+class Graphs(Decoder):
+    """Replays by calling. Like a real graph it only knows addresses: a tensor that was moved since capture is an error."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **{"compiled": False} | options)
+        self.captures, self.replays = 0, 0
+
+    def addresses(self):
+        s = self.buffers
+        tensors = [s.token, s.position, s.finished, s.output, s.t, s.noise, s.ids, s.logprobs, *s.keys, *s.values]
+        return [x.data_ptr() for x in (*tensors, *self.model.parameters())]
+
+    def capture(self, step, undo):
+        captured = self.addresses()
+        self.captures += 1
+        for _ in range(2):  # the warm-up
+            step()
+            undo()
+
+        def replay():
+            assert self.addresses() == captured
+            self.replays += 1
+            step()
+
+        return replay
+
+
+def sampler_of(model):
+    sampler = copy.deepcopy(model)
+    sampler.set_attn_implementation("packed")
+    return sampler
+
+
+def rollout(model, decoder=None, prompts=PROMPTS, G=20, T=24, temperature=0.7, seed=0, **options):
+    noise = sampling_noise([seed], range(len(prompts) * G), T)
+    return generate(
+        model, prompts, num_generations=G, max_new_tokens=T, temperature=temperature, noise=noise, decoder=decoder,
+        **SAMPLING | options,
+    )  # fmt: skip
+
+
+def assert_equal(slow, fast):
+    assert torch.equal(slow[0], fast[0]) and torch.equal(slow[1], fast[1])
+    assert (slow[2] - fast[2]).abs().max() < 1e-5
+
+
+def test_buckets_hold_what_they_are_for_and_waste_little():
+    sizes = [decode_bucket(rows, 1)[0] for rows in range(1, 3000)]
+    assert all(size >= rows for rows, size in enumerate(sizes, 1)) and sizes == sorted(sizes)
+    assert all((size - rows) / size <= 1 / 3 for rows, size in enumerate(sizes, 1) if rows >= 8)
+    assert len(set(sizes)) == 18, "graphs for up to 3,072 rows"
+    assert all(decode_bucket(size, 1)[0] == size for size in sizes)
+    columns = [decode_bucket(1, c)[1] for c in range(1, 500)]
+    assert all(0 <= size - c < 64 and size % 64 == 0 for c, size in enumerate(columns, 1))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_replayed_steps_sample_the_tokens_of_the_eager_loop(name, temperature):
+    """Same tokens, and log-probs up to the rounding of another attention, while rows end and leave the batch."""
+    model = make_model(name)
+    decoder = Graphs(sampler_of(model))
+    slow, fast = rollout(model, temperature=temperature), rollout(decoder.model, decoder, temperature=temperature)
+    assert_equal(slow, fast)
+    assert decoder.replays == slow[0].shape[1] - 1 and decoder.fallbacks == 0
+    if temperature > 0:
+        rows = {key[0] for key in decoder.graphs}
+        assert {64, 32, 16} <= rows, "60 completions, then ever fewer: the batch must have changed its bucket"
+
+
+def test_long_completions_move_through_the_buckets_of_length():
+    model = make_model()
+    decoder = Graphs(sampler_of(model))
+    options = dict(G=4, T=120, stop_ids=[256, 258])
+    assert_equal(rollout(model, **options), rollout(decoder.model, decoder, **options))
+    assert {key[1] for key in decoder.graphs} == {64, 128}
+
+
+def test_weights_are_refreshed_in_place_and_graphs_serve_every_later_batch():
+    """Two updates of the sampling copy, three seeds each, a smaller batch and a larger one."""
+    masters = [make_model(seed=seed) for seed in range(3)]
+    decoder = Graphs(sampler_of(masters[0]))
+    addresses = [p.data_ptr() for p in decoder.model.parameters()]
+    for model in masters:
+        with torch.no_grad():
+            for low, full in zip(decoder.model.parameters(), model.parameters()):
+                low.copy_(full)
+        for seed in range(3):
+            assert_equal(rollout(model, seed=seed), rollout(decoder.model, decoder, seed=seed))
+    assert addresses == [p.data_ptr() for p in decoder.model.parameters()]
+    assert decoder.captures == len(decoder.graphs) <= 5 and decoder.replays > 20 * decoder.captures
+    captures = decoder.captures
+    assert_equal(rollout(model, G=2, T=9), rollout(decoder.model, decoder, G=2, T=9))
+    assert decoder.captures <= captures + 1, "a smaller batch has room in the buffers there are"
+    assert_equal(rollout(model, G=40), rollout(decoder.model, decoder, G=40))  # no room: new buffers, all graphs anew
+    assert_equal(rollout(model, seed=7), rollout(decoder.model, decoder, seed=7))
+    assert decoder.size[0] == 128 and decoder.captures >= captures + 2
+
+
+def test_nothing_of_an_earlier_batch_is_left_in_the_buffers():
+    model = make_model()
+    decoder = Graphs(sampler_of(model))
+    rollout(decoder.model, decoder)
+    for cache in decoder.buffers.keys + decoder.buffers.values:
+        cache.fill_(torch.nan)  # what a diverged policy leaves behind: 0 * NaN would reach every row
+    assert_equal(rollout(model, seed=1, G=9), rollout(decoder.model, decoder, seed=1, G=9))
+    first = rollout(decoder.model, decoder, seed=1)
+    kept = [x.clone() for x in first]
+    rollout(decoder.model, decoder, seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(first, kept)), "the next batch must not overwrite what was returned"
+
+
+class HostReads(TorchDispatchMode):
+    """Collects operations that make the host wait for the device, or copy to it: none may be captured."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "unique", "equal.default")
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.count = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        self.found += [str(func)] * any(name in str(func) for name in self.FORBIDDEN)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+@torch.no_grad()
+def test_a_decode_step_never_asks_the_device_for_a_value(name, temperature):
+    model = make_model(name)
+    decoder = Graphs(sampler_of(model))
+    rollout(decoder.model, decoder, T=3)
+    decoder.buffers.t.zero_()
+    with HostReads() as reads:
+        decode_step(decoder.model, decoder.buffers.rows(slice(8), 64), temperature, (256, 258), 256, 259)
+    assert reads.count > 50 and reads.found == []
+    with HostReads() as reads:  # the mode sees what it looks for
+        append_tokens(torch.zeros(8, 264), decoder.buffers.rows(slice(8), 64), 0.0, (256,), 256, 259)
+        decoder.buffers.t[0].item()
+    assert [name.split(".")[1] for name in reads.found] == ["_local_scalar_dense"]
+
+
+def test_steps_without_a_graph_are_counted_and_sample_the_same_tokens():
+    model = make_model()
+    slow = rollout(model)
+    on_cpu = Decoder(sampler_of(model), compiled=False)
+    assert_equal(slow, rollout(on_cpu.model, on_cpu))
+    assert on_cpu.fallbacks == slow[0].shape[1] - 1, "a CPU has no graphs"
+
+    said = []
+
+    class Failing(Graphs):
+        def capture(self, step, undo):
+            step()  # half a warm-up, then CUDA complains
+            raise RuntimeError("operation not permitted when stream is capturing\nand a page of advice")
+
+    failing = Failing(sampler_of(model), say=said.append)
+    assert_equal(slow, rollout(failing.model, failing))
+    assert failing.fallbacks == slow[0].shape[1] - 1
+    assert len(said) == len(failing.graphs) and "64 x 64" in said[0] and "not permitted" in said[0]
+    assert "\n" not in said[0]
+
+
+def test_capturing_takes_every_step_of_the_warm_up_back_and_runs_none_itself(monkeypatch):
+    """The order of CUDA's calls, with stand-ins for them: steps run in pairs with undo() on a side stream, then one is
+    recorded, into a pool of memory that all graphs share."""
+    done = []
+
+    class Stream:
+        def wait_stream(self, other):
+            done.append("wait")
+
+    class Recording:
+        def __init__(self, graph, pool, capture_error_mode):
+            done.append(("record", pool))
+
+        __enter__ = lambda self: None  # noqa: E731
+        __exit__ = lambda self, *error: done.append("end")  # noqa: E731
+
+    main, pools, graph = Stream(), iter("ab"), SimpleNamespace(replay=lambda: done.append("replay"))
+    fakes = {
+        "Stream": Stream, "current_stream": lambda: main, "stream": lambda stream: nullcontext(), "graph": Recording,
+        "graph_pool_handle": lambda: next(pools), "CUDAGraph": lambda: graph,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    decoder = Decoder(make_model(), compiled=False)
+    decoder.pool, decoder.buffers = None, SimpleNamespace(token=SimpleNamespace(device=torch.device("cuda")))
+    for _ in range(2):
+        decoder.capture(lambda: done.append("step"), lambda: done.append("undo"))()
+    once = ["wait", "step", "undo", "step", "undo", "wait", ("record", "a"), "step", "end", "replay"]
+    assert done == once * 2
+
+
+def test_the_step_compiles_as_one_graph_without_python_in_between():
+    """fullgraph: anything the compiler cannot see through would be an error, counted as a fallback."""
+    model, problems = make_model(), []
+    decoder = Decoder(sampler_of(model), compiled=True, say=problems.append)
+    decoder.step = torch.compile(decode_step, dynamic=False, fullgraph=True, backend="aot_eager")  # tracing, no C++
+    assert_equal(rollout(model, G=2, T=6), rollout(decoder.model, decoder, G=2, T=6))
+    assert decoder.fallbacks == 0 and problems == [] and len(decoder.graphs) == 1
+
+
+def test_the_decode_benchmark_knows_its_sizes_and_its_numerics_hold():
+    spec = importlib.util.spec_from_file_location("gpu_decode", ROOT / "benchmarks" / "gpu_decode.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_decode"] = benchmark  # dataclasses look their module up
+    spec.loader.exec_module(benchmark)
+    weights = sum(p.numel() for p in benchmark.make_model("0.5B", "meta", torch.bfloat16).parameters())
+    assert weights == 494_032_768 and benchmark.kv_bytes("0.5B", torch.bfloat16) == 12_288
+    found = benchmark.numerics(benchmark.Args(device="cpu", size="toy", reduced=True))
+    assert found["graph: share of completions equal to eager's, float32"] == 1.0
+    assert all(value for value in found.values() if isinstance(value, bool))
+    gaps = [value for name, value in found.items() if "gap" in name]
+    assert len(gaps) == 5 and all(0 < gap < 0.05 for gap in gaps)
