@@ -245,7 +245,7 @@ WITH_A_BLOCK = dict(reward_mode="shaped", total_timesteps=240_000, num_envs=64, 
                     gamma=0.95, num_minibatches=4, update_epochs=5, target_kl=0.1, noise_level=0.6,
                     final_noise_level=0.25)  # fmt: skip
 RECIPES = {
-    "FetchReach": dict(reward_mode="dense", total_timesteps=51_200, num_envs=64, num_steps=5, learning_rate=1e-4,
+    "FetchReach": dict(reward_mode="dense", total_timesteps=38_400, num_envs=64, num_steps=5, learning_rate=1e-4,
                        gamma=0.9, num_minibatches=2, update_epochs=5, target_kl=0.1, noise_level=0.8,
                        final_noise_level=0.3),
     "FetchPush": WITH_A_BLOCK,
