@@ -56,10 +56,28 @@ def prune(run_dir: Path, keep: int) -> None:
 # ---- state as tensors and JSON ---------------------------------------------------------------------------------------
 
 
-def save_state(folder: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Writes trainer.safetensors (optimizer moments, torch RNG) and trainer.json (`state` and the other RNGs)."""
+def gathered(tensors: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    """Makes tensors that are spread over the processes whole, one by one, on the CPU of the process that keeps them.
+
+    Every process calls it, with the same names; those that do not keep get nothing.
+    """
+    from torch.distributed.tensor import DTensor
+
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            found[name] = whole
+    return found
+
+
+def save_state(folder: Path, optimizer: torch.optim.Optimizer, state: dict, moments: dict | None = None) -> None:
+    """Writes trainer.safetensors (optimizer moments, torch RNG) and trainer.json (`state` and the other RNGs).
+
+    `moments`: the optimizer's state by parameter index, `gathered`, where it is spread over processes.
+    """
     tensors = {"rng.torch": torch.get_rng_state()}
-    for index, slots in optimizer.state_dict()["state"].items():
+    for index, slots in (optimizer.state_dict()["state"] if moments is None else moments).items():
         for name, value in slots.items():
             tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
     save_file(tensors, folder / "trainer.safetensors")
@@ -81,6 +99,15 @@ def load_state(folder: Path, optimizer: torch.optim.Optimizer, script: str) -> d
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
             slots.setdefault(int(index), {})[name] = value
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, named in slots.items():
+        p = parameters[index]
+        if hasattr(p, "placements"):  # a DTensor: each process takes its slice of what it has read
+            from torch.distributed.tensor import distribute_tensor
+
+            for name, value in named.items():
+                if value.dim():
+                    named[name] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
     full = optimizer.state_dict()
     optimizer.load_state_dict({"state": slots, "param_groups": full["param_groups"]})
     torch.set_rng_state(tensors["rng.torch"])

@@ -1,5 +1,6 @@
 """Shared fixtures: small random models of several architectures, and the bundled tokenizer."""
 
+import multiprocessing
 import os
 import random
 import socket
@@ -73,12 +74,15 @@ def micro_model_folder(tmp_path_factory, tokenizer):
     return str(folder)
 
 
-def two_processes(script: str, flags: list[str], output_dir: Path) -> Path:
-    """Starts a script twice over gloo, as `torchrun --nproc-per-node 2` does without its third process; the run folder."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        return str(free.getsockname()[1])
+
+
+def two_processes(script: str, flags: list[str], output_dir: Path) -> Path:
+    """Starts a script twice over gloo, as `torchrun --nproc-per-node 2` does without its third process; the run folder."""
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, str(ROOT / script), *flags, f"--output-dir={output_dir}"],
@@ -95,3 +99,22 @@ def two_processes(script: str, flags: list[str], output_dir: Path) -> Path:
     assert [process.returncode for process in processes] == [0, 0], "\n".join(output[-2000:] for output in outputs)
     (folder,) = (output_dir / Path(script).stem).iterdir()
     return folder
+
+
+def two_forks(start) -> list[int]:
+    """Calls `start()` in two forks of this process joined by gloo, which import nothing anew; their exit codes."""
+    port = free_port()
+
+    def child(rank: int) -> None:
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        start()
+
+    processes = [multiprocessing.get_context("fork").Process(target=child, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        process.kill()
+    return [process.exitcode for process in processes]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, two_processes
+from conftest import ROOT, two_forks, two_processes
 from safetensors.torch import load_file, save_file
 
 import gr00t_finetune as g
@@ -519,6 +519,7 @@ def test_the_expert_seen_through_the_policy_interface_succeeds(monkeypatch):
         (dict(learning_rate=0), "--learning-rate"),
         (dict(model_path="no/such-model"), "no/such-model"),
         (dict(denoising_steps=0), "--denoising-steps"),
+        (dict(fsdp=True), "torchrun --nproc-per-node"),
         (dict(learning_rate="fast"), "learning-rate"),
     ],
 )  # fmt: skip
@@ -576,3 +577,28 @@ def test_two_processes_agree_with_one(run, tmp_path):
     assert code == 0
     for name in ("train/loss", "train/grad_norm", "val/loss", "eval/mse"):
         assert abs(rows[0][name] - rows[1][name]) < 1e-5 * abs(rows[0][name]), name
+
+
+def test_sharded_weights_train_as_whole_ones_and_go_on_from_their_checkpoint(run, monkeypatch):
+    """FSDP's numbers are one process's up to rounding; its checkpoint is a whole model, and continues bit-exactly."""
+    flags = QUICK | dict(model_path="tiny", max_steps=3, save_steps=2, max_samples=50, warmup_ratio=0.0, eval_trajs=1)
+    flags |= dict(gradient_accumulation_steps=2, gradient_checkpointing=True, log_every=1, eval_every=2)
+    code, single = run(**flags)
+    main = g.main
+    monkeypatch.setattr(g, "main", lambda args: sys.exit(max(two_forks(lambda: main(args)))))
+    code_two, sharded = run(**flags, fsdp=True)
+    assert code == code_two == 0 and len(metrics_of(single)) == len(metrics_of(sharded)) == 4
+    for one, two in zip(metrics_of(single), metrics_of(sharded)):
+        assert one.keys() == two.keys()
+        for name in one.keys() & {"train/loss", "train/grad_norm", "val/loss", "val/mse", "eval/mse", "base/mse"}:
+            assert abs(one[name] - two[name]) < 1e-5 * abs(one[name]), (name, one["step"])
+    whole, parts = weights_of(single / "last"), weights_of(sharded / "last")
+    assert {name: tensor.shape for name, tensor in whole.items()} == {n: tensor.shape for n, tensor in parts.items()}
+    GR00T.from_pretrained(sharded / "last")
+
+    cut = sharded.with_name("cut")
+    shutil.copytree(sharded, cut, symlinks=True)
+    shutil.rmtree(cut / "checkpoints/step-000003")
+    assert run(resume=str(cut))[0] == 0
+    assert metrics_of(cut) == metrics_of(sharded)
+    assert same_weights(cut / "checkpoints/step-000003", sharded / "last")
