@@ -1,5 +1,6 @@
 """gr00t_finetune.py: loss and sampler, what trains, and whole runs on the bundled demonstrations."""
 
+import copy
 import json
 import shutil
 import signal
@@ -204,6 +205,22 @@ def test_metrics_by_time_and_by_dim_add_up_to_the_loss(lite):
     assert abs(np.mean([metrics[f"train/loss_dim/{name}"] for name in "abcde"]) - loss) < 1e-5
     inside = (t >= 0.25) & (t < 0.5)
     assert abs(metrics["train/loss_t/0.25-0.50"] - error[inside][..., :5].mean().item()) < 1e-5
+
+
+def test_a_compiled_head_is_one_graph_that_computes_the_same(lite, monkeypatch):
+    """Traced without a break (the code generator is left out: it takes a minute), in training and in sampling."""
+    model, batch = copy.deepcopy(lite), make_batch()
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode: compiler(f, backend="aot_eager", fullgraph=True))
+    g.compile_head(model)
+    assert set(model.state_dict()) == set(lite.state_dict())
+    for m in (lite, model):
+        m.zero_grad()
+        flow_matching_loss(m, batch, batch["noise"], batch["t"]).backward()
+    for (name, a), b in zip(lite.named_parameters(), model.parameters()):
+        assert not a.requires_grad or torch.allclose(a.grad, b.grad, atol=1e-6, rtol=1e-4), name
+    actions = [sample_actions(m, batch, batch["noise"]) for m in (lite, model)]
+    assert torch.allclose(*actions, atol=1e-5)
 
 
 # ---- what trains -----------------------------------------------------------------------------------------------------
