@@ -37,6 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.data import DataLoader, Dataset
 
@@ -839,7 +840,7 @@ def compile_head(model: GR00T, mode: str | None = None) -> None:
     head.velocity = torch.compile(head.velocity, mode=mode)
 
 
-def shard(model: GR00T) -> None:
+def shard(model: GR00T, world: World) -> None:
     """FSDP: each process keeps its slice of every weight; a block is gathered while it runs, in the dtype it is stored in.
 
     From then on a forward or backward pass is one of all processes. Source: torch.distributed.fsdp.fully_shard.
@@ -849,8 +850,9 @@ def shard(model: GR00T) -> None:
     units += [head.state_encoder, head.action_encoder, head.action_decoder]  # with the rows of all 32 embodiments
     if isinstance(backbone, EagleBackbone):
         units += [*backbone.vision.encoder.layers, *backbone.text.layers]
+    mesh = init_device_mesh(world.device.type, (world.size,))
     for module in [*units, backbone, model]:  # what is left of the last two is small but for the token embedding
-        fully_shard(module, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)  # a process has a part of the batch's loss: gradients add up
         module.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo knows too
     for method in ("vl_features", "velocity"):
@@ -1457,7 +1459,7 @@ def run(
     if args.compile:
         compile_head(model)
     if args.fsdp:
-        shard(model)
+        shard(model, world)
     takes_part = world.main or args.fsdp  # sharded weights compute in all processes at once
     toy = config.instruction_vocab or config.image_token_index == FRESH["tiny"]().image_token_index
     tokenizer = load_tokenizer(

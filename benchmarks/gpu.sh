@@ -25,7 +25,8 @@ if [ "$device" = cuda ]; then
   part "numerics on the GPU" $python -m pytest -m gpu
   part "GRPO decode, Qwen2-0.5B" $python benchmarks/gpu_decode.py --device cuda
   part "GRPO step, Qwen2-0.5B, 16 tokens" $python benchmarks/grpo_vs_trl.py --device cuda --random-qwen2 --pairs 1
-  part "GRPO step, Qwen2-0.5B, 256 tokens" $python benchmarks/grpo_vs_trl.py --device cuda --random-qwen2 --pairs 1 --steps 3 --max-completion-length 256
+  part "GRPO step, graphed and compiled" $python benchmarks/grpo_vs_trl.py --device cuda --random-qwen2 --pairs 1 --decode graph --compile
+  part "GRPO step, 256 tokens, graphed" $python benchmarks/grpo_vs_trl.py --device cuda --random-qwen2 --pairs 1 --steps 3 --max-completion-length 256 --decode graph
   part "GR00T, published size" $python benchmarks/gpu_gr00t.py --device cuda
   part "PPO update" $python benchmarks/gpu_ppo.py --device cuda
   part "FetchVec" $python benchmarks/fetch_speed.py --scaling --num-envs 128 --rounds 3 --tasks FetchPush

@@ -12,7 +12,7 @@ import sys
 
 def cell(value) -> str:
     if type(value) in (int, float):
-        return f"{value:,}" if type(value) is int else f"{value:.4g}"
+        return f"{value:,}" if type(value) is int else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return str(value)
 
 
