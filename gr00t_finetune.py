@@ -1540,9 +1540,11 @@ def run(
         if "eval/mse" in metrics:
             m = {key.removeprefix("eval/"): value for key, value in metrics.items()}
             before = f"{base['base/mse']:.4g} (untrained on this data) -> " if base else ""
+            one = np.isnan(m["mse_low"])  # the spread of one episode is unknown
+            interval = "(one episode, no interval)" if one else f"[{m['mse_low']:.4g}, {m['mse_high']:.4g}]"
             logger.say(
                 f"open loop, {m['num_trajectories']:.0f} held-out episodes: MSE {before}{m['mse']:.4g} "
-                f"[{m['mse_low']:.4g}, {m['mse_high']:.4g}]; hold last action {m['mse_hold_last']:.4g} "
+                f"{interval}; hold last action {m['mse_hold_last']:.4g} "
                 f"({m['mse_hold_last'] / m['mse']:.1f}x), mean action {m['mse_mean_action']:.4g} "
                 f"({m['mse_mean_action'] / m['mse']:.1f}x); normalised {m['mse_normalized']:.4g}"
             )

@@ -116,6 +116,13 @@ GRIDS: dict[str, tuple[str, list[Setting]]] = {
             Setting("cut at 14", {"max_completion_length": 40}, cut("14")),
         ],
     ),
+    "misaligned_longer": (
+        "The aligned reward and the cut at one character, over 180 steps",
+        [
+            Setting("aligned", {"epochs": 180, "eval_every": 60}),
+            Setting("cut at 1", {"max_completion_length": 40, "epochs": 180, "eval_every": 60}, cut("1")),
+        ],
+    ),
     "generations": (
         "How many completions per prompt, at 256 completions a step?",
         [generations(G) for G in (16, 2, 4, 8, 32, 64)],
