@@ -1314,10 +1314,10 @@ def check(args: Args, world: World) -> None:
              "--no-tune-diffusion-model; --lora-full-model puts adapters into the backbone too")  # fmt: skip
     if not 0 <= min(args.adam_betas) <= max(args.adam_betas) < 1:
         fail(f"--adam-betas {args.adam_betas[0]:g} {args.adam_betas[1]:g}: both lie in [0, 1)")
-    if args.fsdp and world.size == 1:
-        fail("--fsdp shares the weights among processes: start several with uv run torchrun --nproc-per-node N")
     if args.fsdp and (args.lora_rank or args.compile):
         fail("--fsdp goes with neither --lora-rank, whose adapters are small, nor --compile: drop one of them")
+    if args.fsdp and world.size == 1:
+        fail("--fsdp shares the weights among processes: start several with uv run torchrun --nproc-per-node N")
     if args.eval_only and args.model_path in FRESH:
         fail("--eval-only measures a trained model: give --model-path a run folder or a checkpoint")
 

@@ -109,7 +109,7 @@ def stepper(task: str, num_envs: int, threads: int, steps: int, rounds: int, bar
 
 def scaling(args: Args) -> None:
     """Env steps a second of `processes` x `threads`, the environments divided among the processes."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # before there are any threads; nothing is imported anew
     powers = [1 << k for k in range(args.threads.bit_length()) if 1 << k <= args.threads]
     for task in args.tasks:
         alone = None

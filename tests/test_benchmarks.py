@@ -1,8 +1,10 @@
 """The one command for a GPU: its parts name flags that exist, its models are the real ones, its table loses no row."""
 
 import importlib
+import os
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -28,6 +30,16 @@ def test_every_part_of_gpu_sh_parses(words, monkeypatch):
     module = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
     monkeypatch.setattr(sys, "argv", [words[0], *(w.replace("$device", "cpu") for w in words[1:])])
     parse(module.Args, "")
+
+
+def test_gpu_sh_goes_on_after_a_failure_names_it_and_fails(tmp_path):
+    done = subprocess.run(["bash", str(ROOT / "benchmarks/gpu.sh"), "cpu"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHON": "false", "LOG": str(tmp_path / "log")})  # fmt: skip
+    names = [line.split('"')[1] for line in SH.split("elif")[1].splitlines() if line.startswith("  part ")]
+    assert done.returncode == 1 and len(names) > 4
+    assert done.stderr.splitlines() == [f"error: failed: {name}" for name in names]
+    done = subprocess.run(["bash", str(ROOT / "benchmarks/gpu.sh"), "tpu"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
 def test_tables_keep_every_row_and_its_heading():

@@ -537,6 +537,8 @@ def test_the_expert_seen_through_the_policy_interface_succeeds(monkeypatch):
         (dict(model_path="no/such-model"), "no/such-model"),
         (dict(denoising_steps=0), "--denoising-steps"),
         (dict(fsdp=True), "torchrun --nproc-per-node"),
+        (dict(fsdp=True, compile=True), "--fsdp goes with neither"),
+        (dict(fsdp=True, lora_rank=4, model_path="someone/model"), "--fsdp goes with neither"),
         (dict(learning_rate="fast"), "learning-rate"),
     ],
 )  # fmt: skip
@@ -619,3 +621,15 @@ def test_sharded_weights_train_as_whole_ones_and_go_on_from_their_checkpoint(run
     assert run(resume=str(cut))[0] == 0
     assert metrics_of(cut) == metrics_of(sharded)
     assert same_weights(cut / "checkpoints/step-000003", sharded / "last")
+
+    # from a checkpoint the backbone is frozen: it is sharded too, and stays as it is
+    flags |= dict(model_path=str((single / "last").resolve()), max_steps=2, eval_every=0)
+    two = run(**flags, fsdp=True)[1]
+    monkeypatch.setattr(g, "main", main)
+    one = run(**flags)[1]
+    for name in ("train/loss", "train/grad_norm", "eval/mse"):
+        a, b = (metrics_of(folder)[-1][name] for folder in (one, two))
+        assert abs(a - b) < 1e-5 * abs(a), name
+    parts = weights_of(two / "last")
+    assert all(torch.equal(tensor, whole[n]) == n.startswith("backbone.") for n, tensor in parts.items() if n in whole
+               and n.startswith(("backbone.", "action_head.model.proj_out")))  # fmt: skip
