@@ -834,9 +834,12 @@ def merged(model: GR00T, adapters: dict[str, LoRALinear]):
 
 
 def compile_head(model: GR00T, mode: str | None = None) -> None:
-    """torch.compile what runs for each noise of a sample and each Euler step. `mode` as torch.compile takes it."""
+    """torch.compile the action head. `mode` is what torch.compile does for the velocity, which runs K times a sample.
+
+    "reduce-overhead" replays CUDA graphs; its outputs must be used up before the next call, as `sample_actions` does.
+    """
     head = model.action_head
-    head.process_backbone = torch.compile(head.process_backbone, mode=mode)
+    head.process_backbone = torch.compile(head.process_backbone)  # its output is read in all K calls: never a graph's
     head.velocity = torch.compile(head.velocity, mode=mode)
 
 

@@ -13,6 +13,7 @@ import json
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -164,14 +165,10 @@ def attention_kernels(config: GR00TConfig, B: int, flags: Args, device: torch.de
         )
         times: dict[str, float | str] = {}
         for kernel in ("default", "FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
-            allowed = list(SDPBackend.__members__.values()) if kernel == "default" else getattr(SDPBackend, kernel)
 
-            def step(q=q, k=k, v=v, allowed=allowed) -> None:
-                if kernel == "default":
+            def step(q=q, k=k, v=v, kernel=kernel) -> None:
+                with nullcontext() if kernel == "default" else sdpa_kernel(getattr(SDPBackend, kernel)):
                     F.scaled_dot_product_attention(q, k, v).sum().backward()
-                else:
-                    with sdpa_kernel(allowed):
-                        F.scaled_dot_product_attention(q, k, v).sum().backward()
 
             column = kernel.lower().removesuffix("_attention")
             try:

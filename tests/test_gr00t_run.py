@@ -211,7 +211,7 @@ def test_a_compiled_head_is_one_graph_that_computes_the_same(lite, monkeypatch):
     """Traced without a break (the code generator is left out: it takes a minute), in training and in sampling."""
     model, batch = copy.deepcopy(lite), make_batch()
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, mode: compiler(f, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None: compiler(f, backend="aot_eager", fullgraph=True))
     g.compile_head(model)
     assert set(model.state_dict()) == set(lite.state_dict())
     for m in (lite, model):
