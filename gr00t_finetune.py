@@ -37,13 +37,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.data import DataLoader, Dataset
 
 from common import plot
-from common.checkpoint import atomic_folder, find_checkpoint, link, load_state, prune, save_state
+from common.checkpoint import atomic_folder, find_checkpoint, gathered, link, load_state, prune, save_state
 from common.data_configs import DataConfig, check_keys, find_data_config
 from common.fetch import FetchVec
-from common.gr00t import EMBODIMENTS, GR00T, GR00TConfig, group_of
+from common.gr00t import EMBODIMENTS, GR00T, EagleBackbone, GR00TConfig, group_of
 from common.lerobot import (
     Episodes,
     bounds,
@@ -186,6 +188,12 @@ class Args:
     """mixed precision; auto: bf16 on a GPU, off on a CPU"""
     augment: bool = True
     """random crop and colour jitter"""
+
+    # speed: neither changes what is computed, but for rounding and dropout's random stream; neither has run on a GPU yet
+    compile: bool = False
+    """torch.compile the action head, for training and sampling; the first steps take minutes at full size"""
+    fsdp: bool = False
+    """several processes share one copy of weights, gradients and AdamW moments (FSDP) instead of a copy each"""
 
     # evaluation
     log_every: int = 10
@@ -825,6 +833,35 @@ def merged(model: GR00T, adapters: dict[str, LoRALinear]):
             setattr(model.get_submodule(parent), child, adapter)
 
 
+def compile_head(model: GR00T, mode: str | None = None) -> None:
+    """torch.compile the action head. `mode` is what torch.compile does for the velocity, which runs K times a sample.
+
+    "reduce-overhead" replays CUDA graphs; its outputs must be used up before the next call, as `sample_actions` does.
+    """
+    head = model.action_head
+    head.process_backbone = torch.compile(head.process_backbone)  # its output is read in all K calls: never a graph's
+    head.velocity = torch.compile(head.velocity, mode=mode)
+
+
+def shard(model: GR00T, world: World) -> None:
+    """FSDP: each process keeps its slice of every weight; a block is gathered while it runs, in the dtype it is stored in.
+
+    From then on a forward or backward pass is one of all processes. Source: torch.distributed.fsdp.fully_shard.
+    """
+    head, backbone = model.action_head, model.backbone
+    units = [*head.model.transformer_blocks, *head.vl_self_attention.transformer_blocks]
+    units += [head.state_encoder, head.action_encoder, head.action_decoder]  # with the rows of all 32 embodiments
+    if isinstance(backbone, EagleBackbone):
+        units += [*backbone.vision.encoder.layers, *backbone.text.layers]
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for module in [*units, backbone, model]:  # what is left of the last two is small but for the token embedding
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        module.set_gradient_divide_factor(1.0)  # a process has a part of the batch's loss: gradients add up
+        module.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo knows too
+    for method in ("vl_features", "velocity"):
+        register_fsdp_forward_method(model, method)
+
+
 def set_training(model: GR00T, adapters: dict[str, LoRALinear]) -> None:
     """Training mode: frozen parts stay in evaluation mode, adapters drop out wherever they are."""
     model.train()
@@ -1280,6 +1317,10 @@ def check(args: Args, world: World) -> None:
              "--no-tune-diffusion-model; --lora-full-model puts adapters into the backbone too")  # fmt: skip
     if not 0 <= min(args.adam_betas) <= max(args.adam_betas) < 1:
         fail(f"--adam-betas {args.adam_betas[0]:g} {args.adam_betas[1]:g}: both lie in [0, 1)")
+    if args.fsdp and (args.lora_rank or args.compile):
+        fail("--fsdp goes with neither --lora-rank, whose adapters are small, nor --compile: drop one of them")
+    if args.fsdp and world.size == 1:
+        fail("--fsdp shares the weights among processes: start several with uv run torchrun --nproc-per-node N")
     if args.eval_only and args.model_path in FRESH:
         fail("--eval-only measures a trained model: give --model-path a run folder or a checkpoint")
 
@@ -1405,6 +1446,8 @@ def run(
     # ---- setup: model, tokenizer, frames ----
     source = str(checkpoint) if checkpoint else args.model_path
     model = load_model(replace(args, model_path=source), device)
+    if checkpoint and args.model_path in FRESH:
+        model.carried = {}  # made anew by every save of such a model, as if it had never been loaded
     config = model.config
     if (config.action_horizon, config.state_dim, config.action_dim) != (HORIZON, STATE_DIM, ACTION_DIM):
         fail(
@@ -1416,6 +1459,11 @@ def run(
     adapters = add_lora(model, args) if args.lora_rank else {}
     if args.gradient_checkpointing:
         model.gradient_checkpointing(True)
+    if args.compile:
+        compile_head(model)
+    if args.fsdp:
+        shard(model, world)
+    takes_part = world.main or args.fsdp  # sharded weights compute in all processes at once
     toy = config.instruction_vocab or config.image_token_index == FRESH["tiny"]().image_token_index
     tokenizer = load_tokenizer(
         args.tokenizer or (str(ROOT / "assets" / "tiny-qwen2") if toy else "lerobot/eagle2hg-processor-groot-n1p5"),
@@ -1448,14 +1496,14 @@ def run(
     def evaluate(prefix: str, steps: int = args.denoising_steps) -> tuple[dict, list[dict]]:
         """Open loop on the held-out episodes."""
         chosen = val_episodes[: args.eval_trajs]
-        if not chosen or not world.main:
+        if not chosen or not takes_part:
             return {}, []
         results = open_loop(model, data, chosen, mean_action, args, device, steps)
         return open_loop_metrics(results, prefix), results
 
     def act() -> dict[str, float]:
         """Closed loop, where there is a simulator for the data."""
-        if not args.closed_loop or not world.main or any(e.info.get("robot_type") != "fetch" for e in sets):
+        if not args.closed_loop or not takes_part or any(e.info.get("robot_type") != "fetch" for e in sets):
             return {}
         from assets.build_fetch_demos import ACTION, INSTRUCTIONS, STATE
 
@@ -1477,10 +1525,11 @@ def run(
     def finish(step: int) -> dict[str, float]:
         """The whole evaluation: held-out episodes with several numbers of Euler steps, tables, figures, simulator."""
         metrics, results = evaluate("eval")
-        if results:
+        if results and world.main:
             open_loop_tables(logger, step, data, results)
             for result in results[: args.eval_figures]:
                 draw_open_loop(result, raw_names(data), run_dir / "open_loop" / f"episode_{result['episode']:06d}.png")
+        if results:
             for k in args.denoising_sweep:
                 metrics[f"eval/mse_k{k}"] = metrics["eval/mse"]
                 if k != args.denoising_steps:
@@ -1514,12 +1563,16 @@ def run(
         sums = [tally.bins.clone(), tally.dims.clone()]
         world.all_sum(sums)
         state["tally"] = [x.tolist() for x in sums]
+        weights = moments = None
+        if args.fsdp:
+            weights = gathered(model.state_dict(), world.main)
+            moments = {i: gathered(slots, world.main) for i, slots in optimizer.state_dict()["state"].items()}
         if not world.main:
             return
         folder = run_dir / "checkpoints" / f"step-{state['step']:06d}"
         with atomic_folder(folder) as temporary:
             with merged(model, adapters):
-                model.save_pretrained(temporary)
+                model.save_pretrained(temporary, weights)
             (temporary / "experiment_cfg").mkdir()
             (temporary / "experiment_cfg" / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")
             if adapters:  # what a continued run needs beside the merged weights
@@ -1529,14 +1582,14 @@ def run(
                     for part, tensor in (("A", adapter.A), ("B", adapter.B), ("weight", adapter.linear.weight))
                 }
                 save_file(tensors, temporary / "lora.safetensors")
-            save_state(temporary, optimizer, state | {"elapsed": logger.elapsed})
+            save_state(temporary, optimizer, state | {"elapsed": logger.elapsed}, moments)
         link(run_dir, "last", folder)
         if state["best"] and state["best"]["step"] == state["step"]:
             link(run_dir, "best", folder)
         prune(run_dir, args.keep)
 
     if args.eval_only:
-        metrics = (validate(model, data, val_rows, args, device) if world.main else {}) | finish(0)
+        metrics = (validate(model, data, val_rows, args, device) if takes_part else {}) | finish(0)
         logger.log(0, metrics)
         report(metrics, {})
         logger.say(f"evaluated {args.model_path}; {run_dir}")
@@ -1572,7 +1625,7 @@ def run(
             f"log {run_dir}"
         )
         state["base"], _ = evaluate("base")
-        first = validate(model, data, val_rows, args, device) if world.main and len(val_rows) else {}
+        first = validate(model, data, val_rows, args, device) if takes_part and len(val_rows) else {}
         logger.log(0, state["base"] | first)
     order = Order(data, train_rows, set_weights(sets, args.balance_dataset_weights), args)
     workers = {"num_workers": args.num_workers}
@@ -1605,11 +1658,12 @@ def run(
             loss = masked_mean(error, valid) * (len(batch["action"]) / args.batch_size)
             loss.backward()
             tally.add(error, valid, t)
-        if world.size > 1:
+        if world.size > 1 and not args.fsdp:  # which has done it
             sum_gradients(world, parameters)
 
         # ---- 2. update ----
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        grad_norm = grad_norm.full_tensor() if args.fsdp else grad_norm
         if not grad_norm.isfinite():  # the same in every process; the weights are still those of the step before
             logger.say(f"step {step}: gradients are not finite; lower --learning-rate, or look at the data")
             return 1
@@ -1635,13 +1689,13 @@ def run(
             if device.type == "cuda":
                 metrics["time/memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         if ending or (args.eval_every and step % args.eval_every == 0):
-            if world.main and len(val_rows):
+            if takes_part and len(val_rows):
                 metrics |= validate(model, data, val_rows, args, device)
                 state["last"]["val/loss"] = metrics["val/loss"]
                 if state["best"] is None or metrics["val/mse"] < state["best"]["mse"]:
                     state["best"] = {"mse": metrics["val/mse"], "step": step}
         stopped = any(world.gather([stop.number is not None]))
-        is_best = state["best"] is not None and state["best"]["step"] == step
+        is_best = any(world.gather([state["best"] is not None and state["best"]["step"] == step]))
         if stopped or ending or is_best or (args.save_steps and step % args.save_steps == 0):
             save()
         if ending:

@@ -156,6 +156,8 @@ class Args:
     """new tokens at most"""
     decode: Literal["eager", "graph", "compile"] = "eager"
     """decode steps: op by op, as captured CUDA graphs, or compiled and captured (the last two not yet run on a GPU)"""
+    race: bool = False
+    """sample by an exponential race, which --decode compile fuses into one pass, not by the inverse CDF"""
 
     # update
     epochs: int | None = None
@@ -864,12 +866,33 @@ def sampling_noise(seed: list[int], sample_ids, length: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def sample_tokens(logits, uniform, temperature, vocab_size=None):
+def race_times(uniform: torch.Tensor, size: int) -> torch.Tensor:
+    """uniform (B,) -> (B, size) exponential variables, each a hash of its row's number and its token.
+
+    Elementwise, so a compiler computes them where they are used. 32 bits in int64, by C. Wellons' multipliers.
+    """
+
+    def mix(x):
+        for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+            x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
+        return x ^ (x >> 15)
+
+    row = mix((uniform * 2**24).long() + 1)[:, None]  # all 24 bits that a float32 in [0, 1) from a generator has
+    u = (mix(row + torch.arange(size, device=uniform.device)).float() + 0.5) / 2**32  # small ones, which win, are fine
+    return -torch.log1p(-u)  # eq: e = -log(1 - u) ~ Exp(1); infinite where u rounds to 1: never first
+
+
+def sample_tokens(logits, uniform, temperature, vocab_size=None, race=False):
     """logits (B, V), uniform (B,) in [0, 1) -> tokens (B,), their tempered log-probs (B,). Temperature 0 is greedy.
 
     Inverse CDF over the full distribution: no top-k, top-p or repetition penalty, whatever the model's own
-    generation config asks for, so what is sampled is what the loss scores.
+    generation config asks for, so what is sampled is what the loss scores. race: the same distribution by another use
+    of the number, in one pass without a running sum.
     """
+    if race and temperature > 0:
+        z = tempered(logits, temperature, vocab_size)  # (B, V)
+        tokens = (z - race_times(uniform, z.shape[-1]).log()).argmax(-1)  # eq: a = argmin_v e_v / pi(v), e_v ~ Exp(1)
+        return tokens, z.gather(-1, tokens[:, None])[:, 0] - z.logsumexp(-1)
     logp = F.log_softmax(tempered(logits, temperature, vocab_size), dim=-1)  # (B, V)
     if temperature == 0:
         tokens = logp.argmax(-1)
@@ -943,10 +966,10 @@ class DecodeState:
         return replace(self, keys=keys, values=values, **small)
 
 
-def append_tokens(logits, s: DecodeState, temperature, stop_ids, pad_id, vocab_size) -> None:
+def append_tokens(logits, s: DecodeState, temperature, stop_ids, pad_id, vocab_size, race=False) -> None:
     """Samples the next token of every row from logits (b, V) and writes it down."""
     uniform = s.noise[s.output, s.t] if temperature > 0 else None
-    tokens, logp = sample_tokens(logits, uniform, temperature, vocab_size)
+    tokens, logp = sample_tokens(logits, uniform, temperature, vocab_size, race)
     s.token.copy_(torch.where(s.finished, pad_id, tokens))
     s.ids[s.output, s.t] = s.token
     s.logprobs[s.output, s.t] = torch.where(s.finished, 0.0, logp.float())
@@ -1102,7 +1125,7 @@ def pad_right(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor,
 @torch.no_grad()
 def generate(
     model, prompts, *, num_generations, max_new_tokens, temperature, stop_ids, pad_id, noise=None, vocab_size=None,
-    decoder=None,
+    race=False, decoder=None,
 ):  # fmt: skip
     """Samples num_generations completions of each prompt.
 
@@ -1116,7 +1139,7 @@ def generate(
     which = torch.tensor([distinct.index(tuple(p)) for p in prompts], device=device).repeat_interleave(num_generations)
     prompt_ids, lengths = pad_right([list(p) for p in distinct], pad_id, device)  # (P', L), (P',)
     L, B, T = prompt_ids.shape[1], len(which), max_new_tokens
-    sampling = (temperature, tuple(stop_ids), pad_id, vocab_size)
+    sampling = (temperature, tuple(stop_ids), pad_id, vocab_size, race)
 
     # prefill: padding on the right is never seen by a causal model, and is overwritten column by column below
     cache = DynamicCache(config=model.config)
@@ -1511,7 +1534,8 @@ def run(args, world, stop, logger, run_dir, checkpoint, model, tokenizer, eval_p
         decoder = Decoder(sampler, args.decode == "compile", logger.say)
         if args.decode == "graph" and device.type != "cuda":
             logger.say("--decode graph: no CUDA graphs on a CPU; steps run uncaptured, see time/decode_fallbacks")
-    sampling = {"stop_ids": stop_ids, "pad_id": pad_id, "vocab_size": len(tokenizer), "decoder": decoder}
+    sampling = {"stop_ids": stop_ids, "pad_id": pad_id, "vocab_size": len(tokenizer)}
+    sampling |= {"race": args.race, "decoder": decoder}
 
     if args.eval_only:
         metrics, table = evaluate(sampler, tokenizer, eval_problems, set(), args, world, **sampling)

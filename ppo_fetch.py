@@ -124,7 +124,7 @@ class Args:
     env_groups: int = 2
     """groups that step by turns: one group's physics runs while the policy acts for the other; 1: no overlap"""
     num_threads: int | None = None
-    """threads that step physics; default: all cores"""
+    """threads that step physics, of each process; default: this machine's cores, shared among its processes"""
 
     # update
     learning_rate: float | None = None
@@ -164,7 +164,7 @@ class Args:
     amp: Literal["off", "bf16", "fp16"] = "off"
     """mixed precision of the hidden layers; everything after them stays in fp32"""
     compile: bool = False
-    """torch.compile the networks"""
+    """torch.compile the loss of a minibatch, and the policy that acts; pays on a CPU for long runs only, if at all"""
 
     # evaluation
     eval_every: int = 10
@@ -481,6 +481,15 @@ def minibatch_order(num: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randperm(num, generator=generator)
 
 
+def minibatch_loss(agent: Agent, mb: dict, advantages: torch.Tensor, args: Args) -> tuple[torch.Tensor, dict]:
+    """`ppo_loss` of a minibatch's rows under the present weights; with --compile one graph, networks included."""
+    logprobs, entropy = logprobs_entropy(agent, agent.policy(mb["obs"]), mb["actions"])
+    return ppo_loss(
+        logprobs, mb["logprobs"], advantages, entropy, agent.value(mb["obs"]), mb["values"], mb["returns"],
+        clip_coef=args.clip_coef, clip_vloss=args.clip_vloss, ent_coef=args.ent_coef, vf_coef=args.vf_coef,
+    )  # fmt: skip
+
+
 def update(
     agent: Agent, optimizer, scaler, batch: dict[str, torch.Tensor], args: Args, generator, world: World
 ) -> dict:
@@ -494,6 +503,7 @@ def update(
     flat = {key: value.flatten(0, 1) for key, value in batch.items()}
     valid = flat["valid"].nonzero().squeeze(-1) if world.size == 1 else torch.arange(T * N)
     size = args.num_envs * args.num_steps // args.num_minibatches
+    loss_of = torch.compile(minibatch_loss) if args.compile else minibatch_loss
     metrics, first_ratio_error, grad_norm, steps, skipped, stopped = {}, None, torch.zeros(()), 0, 0, False
     for _ in range(args.update_epochs):
         for rows in valid[minibatch_order(len(valid), generator)].split(size):
@@ -501,12 +511,8 @@ def update(
             local = (rows[mine] // N) * n + rows[mine] % N - first
             mb = {key: value[local] for key, value in flat.items()}
             share = len(local) / len(rows)
-            logprobs, entropy = logprobs_entropy(agent, agent.policy(mb["obs"]), mb["actions"])
             advantages = normalize_advantages(mb["advantages"], world) if args.norm_adv else mb["advantages"]
-            loss, metrics = ppo_loss(
-                logprobs, mb["logprobs"], advantages, entropy, agent.value(mb["obs"]), mb["values"], mb["returns"],
-                clip_coef=args.clip_coef, clip_vloss=args.clip_vloss, ent_coef=args.ent_coef, vf_coef=args.vf_coef,
-            )  # fmt: skip
+            loss, metrics = loss_of(agent, mb, advantages, args)
             if world.size > 1:  # means over the rows of all processes; the maximum has no sum
                 worst = metrics.pop("ratio_max_error")
                 means = [torch.stack([m * share if share else torch.zeros_like(m) for m in metrics.values()])]
@@ -867,7 +873,9 @@ def run(args: Args, world: World, stop, logger, run_dir: Path, checkpoint: Path 
     n, first = args.num_envs // world.size, args.num_envs // world.size * world.rank
     batch_size = args.num_envs * args.num_steps
     iterations = args.total_timesteps // batch_size
-    pool = ThreadPoolExecutor(args.num_threads or len(os.sched_getaffinity(0)), thread_name_prefix="fetch")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine share its cores
+    threads = args.num_threads or max(len(os.sched_getaffinity(0)) // local, 1)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
     per_group = n // args.env_groups
     groups = [
         Group(make_envs(args, per_group, args.env_backend, pool), slice(i * per_group, (i + 1) * per_group))
@@ -884,9 +892,8 @@ def run(args: Args, world: World, stop, logger, run_dir: Path, checkpoint: Path 
     if args.init_from:
         best = Path(args.init_from) / "best"
         load_agent(agent, find_checkpoint(str(best if best.exists() else args.init_from)), args)
-    if args.compile:
-        agent.actor.compile()
-        agent.critic.compile()
+    if args.compile:  # for acting as for the update, or in low precision the two would round differently
+        agent.policy = torch.compile(agent.policy)
     act = mean_actions(agent, world.device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")

@@ -177,7 +177,7 @@ class Args:
     env_groups: int = 2
     """groups that step by turns: one group's physics runs while the policy acts for the other; 1: no overlap"""
     num_threads: int | None = None
-    """threads that step physics; default: all cores"""
+    """threads that step physics, of each process; default: this machine's cores, shared among its processes"""
 
     # update
     learning_rate: float | None = None
@@ -1414,7 +1414,9 @@ def run(
     decisions = args.num_envs * args.num_steps
     batch_size = decisions * args.execute_steps
     iterations = args.total_timesteps // batch_size
-    pool = ThreadPoolExecutor(args.num_threads or len(os.sched_getaffinity(0)), thread_name_prefix="fetch")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine share its cores
+    threads = args.num_threads or max(len(os.sched_getaffinity(0)) // local, 1)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
     per_group = n // args.env_groups
     groups = [
         make_group(args, per_group, slice(i * per_group, (i + 1) * per_group), pool) for i in range(args.env_groups)

@@ -2,11 +2,16 @@
 
     uv run python benchmarks/fetch_speed.py                  # env steps a second, median of alternating rounds
     uv run python benchmarks/fetch_speed.py --soak 1000000   # memory over a million steps
+    uv run python benchmarks/fetch_speed.py --scaling        # FetchVec by processes x threads, one JSON line per row
 
 An env step is 20 steps of the simulator. "mj_step alone" moves the gripper by the same random actions on the same
 number of threads, and does nothing else: no fingers put back, no observation, no reward, no reset.
+With --scaling every process steps its share of the environments on its own threads, as under torchrun, and they meet
+only at the start and at the end of a round: one process shows where the GIL binds, several whether more of them help.
 """
 
+import json
+import multiprocessing
 import os
 import resource
 import statistics
@@ -41,6 +46,8 @@ class Args:
     """tasks to time"""
     soak: int = 0
     """instead: run so many env steps and watch the memory"""
+    scaling: bool = False
+    """instead: FetchVec on 1, 2, 4, … threads and processes x threads, up to --threads in all"""
 
 
 def physics_only(task: str, num_envs: int, threads: int):
@@ -90,9 +97,55 @@ def soak(args: Args) -> None:
         print(f"{(part + 1) * args.soak // 10:>9,} steps  {seconds:6.0f} s  {now:.1f} MB now, {peak:.1f} MB at most")
 
 
+def stepper(task: str, num_envs: int, threads: int, steps: int, rounds: int, barrier) -> None:
+    """A process of --scaling."""
+    run = stepping(FetchVec(f"{task}-v4", num_envs, threads), num_envs)
+    run(5)
+    for _ in range(rounds):
+        barrier.wait()
+        run(steps)
+        barrier.wait()
+
+
+def scaling(args: Args) -> None:
+    """Env steps a second of `processes` x `threads`, the environments divided among the processes."""
+    context = multiprocessing.get_context("fork")  # before there are any threads; nothing is imported anew
+    powers = [1 << k for k in range(args.threads.bit_length()) if 1 << k <= args.threads]
+    for task in args.tasks:
+        alone = None
+        for processes, threads in [(p, t) for p in powers for t in powers if p * t <= args.threads]:
+            barrier = context.Barrier(processes + 1)
+            share = args.num_envs // processes
+            workers = [
+                context.Process(target=stepper, args=(task, share, threads, args.steps, args.rounds, barrier))
+                for _ in range(processes)
+            ]
+            [worker.start() for worker in workers]
+            rates = []
+            for _ in range(args.rounds):
+                barrier.wait()
+                start = time.perf_counter()
+                barrier.wait()
+                rates.append(args.steps * share * processes / (time.perf_counter() - start))
+            [worker.join() for worker in workers]
+            rate = statistics.median(rates)
+            alone = alone or rate
+            row = {
+                "part": "FetchVec",
+                "task": task,
+                "num_envs": args.num_envs,
+                "processes": processes,
+                "threads": threads,
+            }
+            row |= {"steps_per_s": round(rate), "times_one_thread": round(rate / alone, 2)}
+            print(json.dumps(row), flush=True)
+
+
 def main(args: Args) -> None:
     if args.soak:
         return soak(args)
+    if args.scaling:
+        return scaling(args)
     import_robotics()
     kwargs = {"vector_kwargs": {"autoreset_mode": AutoresetMode.SAME_STEP}}
     print(

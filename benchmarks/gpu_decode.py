@@ -62,6 +62,8 @@ class Args:
     """length N of every completion; 64 tokens in all are one bucket of columns"""
     repeats: int = 5
     """timed rollouts of each length; the median counts"""
+    race: bool = False
+    """sample by the race in the rollouts; both ways are timed by themselves in any case"""
     reduced: bool = False
     """the toy architecture, two small batches, few tokens"""
 
@@ -98,7 +100,7 @@ def rollout(model, decoder, args: Args, B: int, N: int, temperature: float = 0.7
     noise = torch.rand(B, N, generator=draw)
     return prompts, *grpo.generate(
         model, prompts, num_generations=G, max_new_tokens=N, temperature=temperature, noise=noise,
-        stop_ids=[vocabulary], pad_id=0, decoder=decoder,
+        stop_ids=[vocabulary], pad_id=0, race=args.race, decoder=decoder,
     )  # fmt: skip
 
 
@@ -157,6 +159,27 @@ def speed(args: Args) -> list[dict]:
             rows.append(row | {"fallbacks": decoder.fallbacks if decoder else 0})
             print(json.dumps(rows[-1]), flush=True)
             del decoder, whole, first  # and their buffers
+    return rows
+
+
+def sampling(args: Args) -> list[dict]:
+    """Milliseconds to sample a token from each row of finished logits, by both ways, op by op and compiled."""
+    B, vocabulary = max(args.compile_batch_sizes), SIZES[args.size][5]
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(B, vocabulary, generator=draw).to(args.device, torch.bfloat16)
+    uniform, rows = torch.rand(B, generator=draw).to(args.device), []
+    for race in (False, True):
+        compiled = torch.compile(grpo.sample_tokens, dynamic=False, fullgraph=True)
+        tokens = []
+        for name, sample in (("eager", grpo.sample_tokens), ("compiled", compiled)):
+            once = partial(sample, logits, uniform, 0.7, vocabulary, race)
+            tokens.append(once()[0])
+            took = 1e3 * seconds(once, 4 * args.repeats, args.device)
+            rows.append(
+                {"sampling": "race" if race else "inverse CDF", "run": name, "B": B, "ms": float(f"{took:.4g}")}
+            )
+            rows[-1]["equal_to_eager"] = float(f"{(tokens[0] == tokens[-1]).float().mean():.4g}")
+            print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -219,11 +242,13 @@ def main(args: Args) -> None:
         args.size, args.batch_sizes, args.compile_batch_sizes = "toy", (8, 4), (8,)
         args.prompt_tokens, args.new_tokens, args.repeats = 8, 12, 3
     rows, found = speed(args), numerics(args)
+    drawn = sampling(args)
     for name, value in found.items():
         print(json.dumps({"check": name, "value": value if isinstance(value, bool) else float(f"{value:.3g}")}))
     wrong = [name for name, value in found.items() if value is False]
     wrong += [name for name, value in found.items() if "share of completions" in name and value < 0.95]
     wrong += [name for name, value in found.items() if "rows: mean" in name and value > 0.05]
+    wrong += [f"{row['sampling']}, {row['run']}" for row in drawn if row["equal_to_eager"] < 0.95]
     if args.device == "cuda":
         wrong += [f"{row['decode']} at B = {row['B']} fell back" for row in rows if row["fallbacks"]]
     if wrong:

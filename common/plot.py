@@ -149,6 +149,7 @@ def figure(runs: list[Path], panels: list, out: Path, caption: str) -> Path:
         if title.endswith("log scale"):
             ax.set_yscale("log")
         ax.set_xlabel("seconds" if x.startswith("time/") else x, fontsize=9)
+        ax.locator_params(axis="x", nbins=6)  # more labels than that run into each other
         ax.grid(alpha=0.3)
         if ax.lines:
             ax.legend(fontsize=7)

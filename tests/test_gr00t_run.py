@@ -1,5 +1,6 @@
 """gr00t_finetune.py: loss and sampler, what trains, and whole runs on the bundled demonstrations."""
 
+import copy
 import json
 import shutil
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, two_processes
+from conftest import ROOT, two_forks, two_processes
 from safetensors.torch import load_file, save_file
 
 import gr00t_finetune as g
@@ -204,6 +205,22 @@ def test_metrics_by_time_and_by_dim_add_up_to_the_loss(lite):
     assert abs(np.mean([metrics[f"train/loss_dim/{name}"] for name in "abcde"]) - loss) < 1e-5
     inside = (t >= 0.25) & (t < 0.5)
     assert abs(metrics["train/loss_t/0.25-0.50"] - error[inside][..., :5].mean().item()) < 1e-5
+
+
+def test_a_compiled_head_is_one_graph_that_computes_the_same(lite, monkeypatch):
+    """Traced without a break (the code generator is left out: it takes a minute), in training and in sampling."""
+    model, batch = copy.deepcopy(lite), make_batch()
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None: compiler(f, backend="aot_eager", fullgraph=True))
+    g.compile_head(model)
+    assert set(model.state_dict()) == set(lite.state_dict())
+    for m in (lite, model):
+        m.zero_grad()
+        flow_matching_loss(m, batch, batch["noise"], batch["t"]).backward()
+    for (name, a), b in zip(lite.named_parameters(), model.parameters()):
+        assert not a.requires_grad or torch.allclose(a.grad, b.grad, atol=1e-6, rtol=1e-4), name
+    actions = [sample_actions(m, batch, batch["noise"]) for m in (lite, model)]
+    assert torch.allclose(*actions, atol=1e-5)
 
 
 # ---- what trains -----------------------------------------------------------------------------------------------------
@@ -519,6 +536,9 @@ def test_the_expert_seen_through_the_policy_interface_succeeds(monkeypatch):
         (dict(learning_rate=0), "--learning-rate"),
         (dict(model_path="no/such-model"), "no/such-model"),
         (dict(denoising_steps=0), "--denoising-steps"),
+        (dict(fsdp=True), "torchrun --nproc-per-node"),
+        (dict(fsdp=True, compile=True), "--fsdp goes with neither"),
+        (dict(fsdp=True, lora_rank=4, model_path="someone/model"), "--fsdp goes with neither"),
         (dict(learning_rate="fast"), "learning-rate"),
     ],
 )  # fmt: skip
@@ -576,3 +596,42 @@ def test_two_processes_agree_with_one(run, tmp_path):
     assert code == 0
     for name in ("train/loss", "train/grad_norm", "val/loss", "eval/mse"):
         assert abs(rows[0][name] - rows[1][name]) < 1e-5 * abs(rows[0][name]), name
+
+
+def test_sharded_weights_train_as_whole_ones_and_go_on_from_their_checkpoint(run, monkeypatch):
+    """FSDP's numbers are one process's up to rounding; its checkpoint is a whole model, and continues bit-exactly."""
+    flags = QUICK | dict(model_path="tiny", max_steps=3, save_steps=2, max_samples=50, warmup_ratio=0.0, eval_trajs=1)
+    flags |= dict(gradient_accumulation_steps=2, gradient_checkpointing=True, log_every=1, eval_every=2)
+    flags |= dict(denoising_steps=1, denoising_sweep=1)  # two processes on one core wait for each other at every block
+    code, single = run(**flags)
+    main = g.main
+    monkeypatch.setattr(g, "main", lambda args: sys.exit(max(two_forks(lambda: main(args)))))
+    code_two, sharded = run(**flags, fsdp=True)
+    assert code == code_two == 0 and len(metrics_of(single)) == len(metrics_of(sharded)) == 4
+    for one, two in zip(metrics_of(single), metrics_of(sharded)):
+        assert one.keys() == two.keys()
+        for name in one.keys() & {"train/loss", "train/grad_norm", "val/loss", "val/mse", "eval/mse", "base/mse"}:
+            assert abs(one[name] - two[name]) < 1e-5 * abs(one[name]), (name, one["step"])
+    whole, parts = weights_of(single / "last"), weights_of(sharded / "last")
+    assert {name: tensor.shape for name, tensor in whole.items()} == {n: tensor.shape for n, tensor in parts.items()}
+    GR00T.from_pretrained(sharded / "last")
+
+    cut = sharded.with_name("cut")
+    shutil.copytree(sharded, cut, symlinks=True)
+    shutil.rmtree(cut / "checkpoints/step-000003")
+    assert run(resume=str(cut))[0] == 0
+    assert metrics_of(cut) == metrics_of(sharded)
+    assert same_weights(cut / "checkpoints/step-000003", sharded / "last")
+
+    # from a checkpoint the backbone is frozen: it is sharded too, and stays as it is
+    flags |= dict(model_path=str((single / "last").resolve()), max_steps=1, eval_every=0)
+    flags |= dict(gradient_accumulation_steps=1, gradient_checkpointing=False)
+    two = run(**flags, fsdp=True)[1]
+    monkeypatch.setattr(g, "main", main)
+    one = run(**flags)[1]
+    for name in ("train/loss", "train/grad_norm", "eval/mse"):
+        a, b = (metrics_of(folder)[-1][name] for folder in (one, two))
+        assert abs(a - b) < 1e-5 * abs(a), name
+    parts = weights_of(two / "last")
+    assert all(torch.equal(tensor, whole[n]) == n.startswith("backbone.") for n, tensor in parts.items() if n in whole
+               and n.startswith(("backbone.", "action_head.model.proj_out")))  # fmt: skip

@@ -76,17 +76,18 @@ def test_buckets_hold_what_they_are_for_and_waste_little():
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("temperature", [0.7, 0.0])
-def test_replayed_steps_sample_the_tokens_of_the_eager_loop(name, temperature):
+@pytest.mark.parametrize("temperature, race", [(0.7, False), (0.7, True), (0.0, False)])
+def test_replayed_steps_sample_the_tokens_of_the_eager_loop(name, temperature, race):
     """Same tokens, and log-probs up to the rounding of another attention, while rows end and leave the batch."""
     model = make_model(name)
     decoder = Graphs(sampler_of(model))
-    slow, fast = rollout(model, temperature=temperature), rollout(decoder.model, decoder, temperature=temperature)
+    options = {"temperature": temperature, "race": race}
+    slow, fast = rollout(model, **options), rollout(decoder.model, decoder, **options)
     assert_equal(slow, fast)
     assert decoder.replays == slow[0].shape[1] - 1 and decoder.fallbacks == 0
     if temperature > 0:
         rows = {key[0] for key in decoder.graphs}
-        assert {64, 32, 16} <= rows, "60 completions, then ever fewer: the batch must have changed its bucket"
+        assert max(rows) == 64 and len(rows) >= 3, "60 completions, then ever fewer: the batch changes its bucket"
 
 
 def test_long_completions_move_through_the_buckets_of_length():
@@ -215,12 +216,14 @@ def test_capturing_takes_every_step_of_the_warm_up_back_and_runs_none_itself(mon
     assert done == once * 2
 
 
-def test_the_step_compiles_as_one_graph_without_python_in_between():
+@pytest.mark.parametrize("race", [False, True])
+def test_the_step_compiles_as_one_graph_without_python_in_between(race):
     """fullgraph: anything the compiler cannot see through would be an error, counted as a fallback."""
     model, problems = make_model(), []
     decoder = Decoder(sampler_of(model), compiled=True, say=problems.append)
     decoder.step = torch.compile(decode_step, dynamic=False, fullgraph=True, backend="aot_eager")  # tracing, no C++
-    assert_equal(rollout(model, G=2, T=6), rollout(decoder.model, decoder, G=2, T=6))
+    options = {"G": 2, "T": 6, "race": race}
+    assert_equal(rollout(model, **options), rollout(decoder.model, decoder, **options))
     assert decoder.fallbacks == 0 and problems == [] and len(decoder.graphs) == 1
 
 

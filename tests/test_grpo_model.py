@@ -17,6 +17,7 @@ from grpo_arithmetic import (
     load_model,
     micro_batches,
     pad_right,
+    race_times,
     sample_tokens,
     sampling_noise,
     stop_token_ids,
@@ -30,11 +31,12 @@ ARCHITECTURES = ["qwen2", "qwen3", "llama", "gpt2"]
 CPU = torch.device("cpu")
 
 
-def rollout(model, prompts=PROMPTS, G=4, T=12, temperature=0.7, seed=0, first=0):
+def rollout(model, prompts=PROMPTS, G=4, T=12, temperature=0.7, seed=0, first=0, race=False):
     noise = sampling_noise([seed], range(first, first + len(prompts) * G), T)
     return generate(
-        model, prompts, num_generations=G, max_new_tokens=T, temperature=temperature, noise=noise, **SAMPLING
-    )
+        model, prompts, num_generations=G, max_new_tokens=T, temperature=temperature, noise=noise, race=race,
+        **SAMPLING,
+    )  # fmt: skip
 
 
 def train_logprobs(model, ids, mask, prompts=PROMPTS, **options):
@@ -196,7 +198,8 @@ def test_noise_is_uniform_and_keyed_by_seed_sample_and_position():
     assert abs(np.corrcoef(noise[:200].numpy()) - np.eye(200))[:, :].mean() < 0.4  # and so are samples
 
 
-def test_sampled_frequencies_are_the_tempered_softmax_whatever_the_generation_config_says():
+@pytest.mark.parametrize("race", [False, True])
+def test_sampled_frequencies_are_the_tempered_softmax_whatever_the_generation_config_says(race):
     """Chi-square over the first token; the model's config asks for top-k 1 and a repetition penalty, in vain."""
     model = make_model()
     model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=5.0)
@@ -205,7 +208,7 @@ def test_sampled_frequencies_are_the_tempered_softmax_whatever_the_generation_co
         model.lm_head.weight.mul_(0.3)
         logits = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1]
     expected = (logits[:259] / 0.7).softmax(-1) * n
-    ids, _, _ = rollout(model, prompts=[PROMPTS[0]], G=n, T=1)
+    ids, _, _ = rollout(model, prompts=[PROMPTS[0]], G=n, T=1, race=race)
     counts = torch.bincount(ids[:, 0], minlength=VOCAB).float()
     assert counts[259:].sum() == 0
     assert (expected > 5).all()
@@ -213,26 +216,43 @@ def test_sampled_frequencies_are_the_tempered_softmax_whatever_the_generation_co
     assert chi2 < 258 + 4 * (2 * 258) ** 0.5  # mean + 4 standard deviations
 
 
-def test_ids_beyond_the_tokenizer_are_never_sampled_nor_given_probability():
+@pytest.mark.parametrize("race", [False, True])
+def test_ids_beyond_the_tokenizer_are_never_sampled_nor_given_probability(race):
     logits = torch.full((1000, VOCAB), -1.0)
     logits[:, 259:] = 50.0  # the rows nobody may draw are by far the likeliest
     for temperature in (0.7, 0.0):
-        tokens, logp = sample_tokens(logits, torch.linspace(0, 1 - 2**-24, 1000), temperature, 259)
+        tokens, logp = sample_tokens(logits, torch.linspace(0, 1 - 2**-24, 1000), temperature, 259, race)
         assert tokens.max() < 259
         assert torch.allclose(logp.exp(), torch.tensor(1 / 259))
     model = make_model()
     with torch.no_grad():
         model.lm_head.weight[259:] = 5.0
-    ids, mask, sampled = rollout(model)
+    ids, mask, sampled = rollout(model, race=race)
     assert ids.max() < 259
     assert (train_logprobs(model, ids, mask)[0] - sampled).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("race", [False, True])
 @pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24])
-def test_extreme_noise_still_picks_a_token_that_can_happen(u):
+def test_extreme_noise_still_picks_a_token_that_can_happen(u, race):
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
-    tokens, logp = sample_tokens(logits, torch.tensor([u]), 1.0, 4)
+    tokens, logp = sample_tokens(logits, torch.tensor([u]), 1.0, 4, race)
     assert tokens.item() in (1, 3) and logp.exp().item() == pytest.approx(0.5)
+
+
+def test_race_times_are_independent_exponential_variables():
+    """Kolmogorov-Smirnov along rows and along tokens, far into the tail that wins, and no shared pattern."""
+    n, V = 1000, 5000
+    times = race_times(sampling_noise([7], range(n), 1)[:, 0], V)  # (n, V)
+    steps = torch.arange(1, n + 1) / n
+    for sample in (*times[:, :20].T, *times[:20, :n], times.amin(1) * V):  # the least of V is Exp(V)
+        gap = (steps - (1 - torch.exp(-sample.double().sort().values))).abs().max()
+        assert gap < 2.2 / n**0.5  # passed by 99.98 % of samples
+    centred = times[:200] - times[:200].mean(1, keepdim=True)
+    correlation = centred @ centred.T / V - torch.eye(200)  # variances are 1
+    assert correlation.abs().mean() < 1.5 * (2 / torch.pi / V) ** 0.5
+    least = times.argmin(1)
+    assert len(least.unique()) > 0.85 * n and (least < V // 2).float().mean() == pytest.approx(0.5, abs=0.06)
 
 
 def test_every_end_id_of_the_generation_config_stops_a_row(tokenizer):

@@ -280,8 +280,7 @@ def test_before_any_step_the_ratio_is_exactly_one(amp, space):
 def test_on_a_gpu_the_ratio_is_one_too(amp, compiled):
     agent = make_agent(amp=amp).cuda()
     if compiled:
-        agent.actor.compile()
-        agent.critic.compile()
+        agent.policy = torch.compile(agent.policy)
     batch = {key: value.cuda() for key, value in random_batch(make_agent(amp="off")).items()}
     with torch.no_grad():
         policy = agent.policy(batch["obs"].flatten(0, 1))
@@ -289,9 +288,22 @@ def test_on_a_gpu_the_ratio_is_one_too(amp, compiled):
     world = World(0, 1, torch.device("cuda"))
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, eps=1e-5, fused=True)
     scaler = torch.amp.GradScaler("cuda", enabled=amp == "fp16", init_scale=1024.0)
-    args = replace(ARGS, amp=amp)
+    args = replace(ARGS, amp=amp, compile=compiled)
     metrics = ppo_fetch.update(agent, optimizer, scaler, batch, args, torch.Generator().manual_seed(0), world)
     assert metrics["first_ratio_error"] < (1e-6 if amp == "off" else 1e-2) and metrics["optimizer_steps"] > 0
+
+
+@pytest.mark.parametrize("space", [BOX, DISCRETE], ids=["box", "discrete"])
+def test_a_compiled_loss_is_one_graph_that_takes_the_same_steps(space, monkeypatch):
+    """Traced without a break; the code generator, which takes half a minute, is left out."""
+    compiler, agents, found = torch.compile, [make_agent(space), make_agent(space)], []
+    monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend="aot_eager", fullgraph=True))
+    for agent, args in zip(agents, (ARGS, replace(ARGS, compile=True))):
+        found.append(run_update(agent, random_batch(agent), args))
+    for name, value in found[0].items():
+        assert float(found[1][name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
+    for a, b in zip(agents[0].parameters(), agents[1].parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_updating_the_statistics_before_the_update_is_noticed():
