@@ -41,6 +41,22 @@ FIGURES = {
             ("sampling vs training log-prob", "step", ["train/sampling_logp_difference/mean"]),
         ],
     },
+    "ppo_gr00t": {
+        "learning": [
+            ("success without exploration", "step", ["eval/success_rate", "eval/success_once", "charts/success_rate"]),
+            ("the same against training time", "time/train_s", ["eval/success_rate", "charts/success_rate"]),
+            ("return of an episode", "step", ["eval/episodic_return", "charts/episodic_return"]),
+            ("the same against training time", "time/train_s", ["eval/episodic_return", "charts/episodic_return"]),
+        ],
+        "health": [
+            ("KL of the last minibatch", "step", ["losses/approx_kl"]),
+            ("share of ratios clipped", "step", ["losses/clipfrac"]),
+            ("explained variance of returns", "step", ["losses/explained_variance"]),
+            ("ratio error before the first step", "step", ["losses/first_ratio_error"]),
+            ("gradient norm before clipping", "step", ["losses/grad_norm", "losses/critic_grad_norm"]),
+            ("optimizer steps an iteration", "step", ["losses/optimizer_steps"]),
+        ],
+    },
     "ppo_fetch": {
         "learning": [
             ("success of the mean action", "step", ["eval/success_rate", "eval/success_once", "charts/success_rate"]),
@@ -133,6 +149,7 @@ def figure(runs: list[Path], panels: list, out: Path, caption: str) -> Path:
         if title.endswith("log scale"):
             ax.set_yscale("log")
         ax.set_xlabel("seconds" if x.startswith("time/") else x, fontsize=9)
+        ax.locator_params(axis="x", nbins=6)  # more labels than that run into each other
         ax.grid(alpha=0.3)
         if ax.lines:
             ax.legend(fontsize=7)

@@ -14,6 +14,7 @@ import gr00t_finetune
 import grpo_arithmetic
 import grpo_mixed
 import ppo_fetch
+import ppo_gr00t
 from common.run import parse
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,6 +23,7 @@ SCRIPTS = {
     "grpo_mixed.py": grpo_mixed,
     "ppo_fetch.py": ppo_fetch,
     "gr00t_finetune.py": gr00t_finetune,
+    "ppo_gr00t.py": ppo_gr00t,
 }
 
 

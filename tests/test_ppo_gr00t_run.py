@@ -1,0 +1,348 @@
+"""Whole runs of ppo_gr00t.py: parity with gr00t_finetune.py, chunks in the simulator, resume, what it refuses."""
+
+import json
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_docs import documented_metrics
+from test_ppo_math import WORLD
+
+import gr00t_finetune
+import ppo_gr00t as p
+from common import fetch
+from common.data_configs import DATA_CONFIGS
+from common.gr00t import GR00T, GR00TConfig
+from common.run import parse
+from ppo_gr00t import Args, FeatureCache
+
+SMALL = dict(dit_layers=2, dit_heads=2, dit_head_dim=8, vl_heads=2, vl_head_dim=8, hidden_size=16, num_future_tokens=2)
+RUN = dict(  # FetchReach, 3 iterations of 4 x 2 chunks of 5
+    num_envs=4, num_steps=2, total_timesteps=120, hidden=16, num_minibatches=2, update_epochs=1, eval_episodes=2,
+    eval_every=2, critic_warmup=1, capture_video=False, num_threads=2, exp_name="r",
+)  # fmt: skip
+
+
+def metadata() -> dict:
+    """Statistics of the bundled demonstrations, as gr00t_finetune.py stores them."""
+    args = replace(gr00t_finetune.Args(), model_path="lite")
+    args = gr00t_finetune.resolve(args)
+    return gr00t_finetune.prepare_data(args, {"metadata": {}, "no_images": True}, print)[3]
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory):
+    """Checkpoints in the published layout, random weights: a lite one and a tiny one that sees."""
+    stored, folders = metadata(), {}
+    stored["new_embodiment"]["modalities"]["video"] = {"front": {"resolution": [96, 96], "channels": 3, "fps": 25.0}}
+    for name, config in {
+        "lite": GR00TConfig.lite(**SMALL),
+        "tiny": GR00TConfig.tiny(image_size=32, patch_size=16, **(SMALL | dict(vl_heads=4, vl_head_dim=16))),
+    }.items():
+        torch.manual_seed(0)
+        model = GR00T(config)
+        with torch.no_grad():
+            for q in model.parameters():
+                q.add_(0.05 * torch.randn(q.shape))
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+        (folders[name] / "experiment_cfg").mkdir()
+        (folders[name] / "experiment_cfg" / "metadata.json").write_text(json.dumps(stored))
+    return folders
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, policies):
+    """Runs main() in this process; returns (exit code, run folder)."""
+
+    def start(**flags):
+        argv, base = ["ppo_gr00t.py"], {"output_dir": str(tmp_path / "runs"), "model_path": str(policies["lite"])} | RUN
+        for name, value in (flags if "resume" in flags else base | flags).items():
+            flag = "--" + name.replace("_", "-")
+            if isinstance(value, bool):
+                argv.append(flag if value else flag.replace("--", "--no-", 1))
+            elif value is not None:
+                argv += [flag, *([str(v) for v in value] if isinstance(value, tuple) else [str(value)])]
+        monkeypatch.setattr(sys, "argv", argv)
+        handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+        threads = torch.get_num_threads()
+        try:
+            with pytest.raises(SystemExit) as stop:
+                p.main(parse(Args, p.__doc__))
+        finally:
+            for number, handler in handlers:
+                signal.signal(number, handler)
+            torch.use_deterministic_algorithms(False)
+            torch.set_num_threads(threads)
+        runs = sorted((tmp_path / "runs" / "ppo_gr00t").glob("*"), key=lambda path: path.stat().st_mtime)
+        return stop.value.code, runs[-1] if runs else None
+
+    return start
+
+
+def rows(run_dir: Path, name="metrics"):
+    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
+
+
+def timeless(run_dir: Path):
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(run_dir)]
+
+
+def resolved(policy: Path, **changes):
+    args = replace(p.resolve(replace(Args(), **changes)), model_path=str(policy))
+    return p.read_checkpoint(args)
+
+
+# ---- the policy is gr00t_finetune.py's -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env_id", ["FetchReach-v4", "FetchPush-v4"])
+def test_observations_and_actions_are_in_the_units_of_gr00t_finetune(policies, env_id):
+    from assets.build_fetch_demos import STATE, slices, state_vector
+
+    args, config, stored = resolved(policies["lite"], env_id=env_id)
+    adapter = p.Adapter(args, config, stored, "")
+    obs = fetch.FetchVec(env_id, 3, 1).reset(seed=0)[0]
+    vector = state_vector(obs).astype(np.float64)
+    raw = {key: vector[:, at["start"] : at["end"]] for key, at in slices(STATE).items()}
+    expected = gr00t_finetune.pad(gr00t_finetune.encode("state", raw, config, stored), 64).astype(np.float32)
+    assert np.array_equal(adapter.state(obs, 64), expected)
+    chunk = torch.randn(3, 16, 32)
+    decoded = gr00t_finetune.decode_actions(chunk[..., :4].numpy().astype(np.float64), config, stored)
+    assert np.array_equal(
+        adapter.actions(chunk, 5), np.concatenate(list(decoded.values()), -1)[:, :5].astype(np.float32)
+    )
+
+
+def test_pictures_and_prompt_are_those_of_gr00t_finetune(policies):
+    """The camera is stubbed: crop, resize and rounding are compared, on any machine."""
+    args, config, stored = resolved(policies["tiny"])
+    assert config.video == ("front",)
+    adapter = p.Adapter(args, config, stored, "")
+    frames = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
+
+    class Camera:
+        def draw(self, physics, goal):
+            return frames[physics]
+
+    adapter.camera, adapter.image_size = Camera(), 32
+    expected = torch.cat([gr00t_finetune.transform_images(frame[None], 32) for frame in frames])
+    assert torch.equal(adapter.images(np.arange(2), np.zeros((2, 3))), expected)
+    args.tokenizer = str(ROOT / "assets" / "tiny-qwen2")
+    tokenizer = p.load_tokenizer(args.tokenizer, 259)
+    text = p.prompt(adapter.instruction, 1, 4)
+    assert tokenizer(text, add_special_tokens=False).input_ids.count(259) == 4 and "reach the target" in text
+
+
+# ---- chunks in the simulator -----------------------------------------------------------------------------------------
+
+
+def group_of_three(args) -> p.Group:
+    group = p.make_group(args, 3, slice(0, 3))
+    group.begin([5, 6, 7], args)
+    return group
+
+
+@pytest.mark.parametrize("reward_mode", ["dense", "shaped"])
+def test_a_chunk_is_its_steps_and_ends_where_its_episode_does(reward_mode):
+    """Against gymnasium's own environments, stepped one by one; 50 steps are 7 chunks of 8, the last one cut at 2."""
+    args = replace(p.resolve(Args()), execute_steps=8, gamma=0.9, reward_mode=reward_mode)
+    group, rng = group_of_three(args), np.random.default_rng(0)
+    fetch.import_robotics()
+    env = gym.make("FetchReach-v4")
+    obs, _ = env.reset(seed=6)
+    phi = fetch.potential({k: v[None] for k, v in obs.items()}, "FetchReach")
+    group.envs.elapsed[2] = 40  # another age
+    total = 0.0
+    for chunk in range(7):
+        actions = rng.uniform(-1, 1, (3, 8, 4)).astype(np.float32)
+        lengths = group.executed(args)
+        out = group.play(actions, args)
+        assert lengths.tolist() == [8 if chunk < 6 else 2] * 2 + [{1: 2, 6: 8}.get(chunk, 8)]
+        assert out["dones"].tolist() == [chunk == 6] * 2 + [chunk == 1]
+        expected = 0.0
+        for k in range(lengths[1]):
+            obs, _, _, truncated, info = env.step(actions[1, k])
+            one = {key: value[None] for key, value in obs.items()}
+            r = fetch.reward(one, "dense")[0]
+            if reward_mode == "shaped":
+                new = fetch.potential(one, "FetchReach")
+                r, phi = (0.1 * info["is_success"] + 5 * (new - phi))[0], new
+            expected, total = expected + 0.9**k * r, total + r
+        assert out["rewards"][1] == pytest.approx(expected, abs=1e-9)
+    assert truncated
+    assert np.array_equal(out["last"][1]["observation"], obs["observation"]) and set(out["last"]) == {0, 1}
+    assert out["last"][1]["physics"].ndim == 1
+    (episode,) = [e for e in out["episodes"] if e["env"] == 1]
+    assert episode["length"] == 50 and episode["return"] == pytest.approx(total, abs=1e-6)
+    assert episode["success"] == bool(info["is_success"])
+    assert group.envs.elapsed.tolist() == [0, 0, 40] and group.length.tolist()[:2] == [0, 0]  # 40: the next episode's
+    assert not np.array_equal(group.obs["desired_goal"][1], obs["desired_goal"])  # already the next start
+
+
+def test_the_state_that_follows_an_end_is_the_episodes_last(policies):
+    """The value after a time limit is that of the last observation, not of the reset."""
+    args, config, stored = resolved(policies["lite"], num_envs=4, num_steps=3, env_groups=1, execute_steps=8)
+    agent, adapter, ids, _ = p.load_agent(args, config, stored, torch.device("cpu"))
+    group = p.make_group(args, 4, slice(0, 4))
+    p.reset_groups([group], args, 0)
+    assert group.envs.elapsed.tolist() == [0, 8, 24, 40]
+    lasts = []
+    play = group.play
+    group.play = lambda *a: lasts.append(play(*a)) or lasts[-1]
+    batch, cache, episodes = p.rollout(agent, [group], adapter, ids, args, torch.Generator().manual_seed(0), WORLD)
+    assert batch["dones"].nonzero().tolist() == [[1, 3]] and batch["lengths"][1, 3] == 2 and len(cache.features) == 1
+    width = agent.model.config.vl_width
+    last = {k: v[None] for k, v in lasts[1]["last"][3].items()}
+    assert np.array_equal(batch["next_condition"][1, 3, width:].numpy(), adapter.state(last, 64)[0])
+    assert torch.equal(batch["next_condition"][0], batch["condition"][1])  # elsewhere the next decision's
+    assert not torch.equal(batch["next_condition"][1, 3], batch["condition"][2, 3])
+    assert episodes == []  # it had not begun at its beginning
+
+
+def test_groups_that_overlap_collect_what_one_does(policies):
+    found = []
+    for groups in (1, 2):
+        args, config, stored = resolved(policies["lite"], num_envs=4, num_steps=3, env_groups=groups)
+        agent, adapter, ids, _ = p.load_agent(args, config, stored, torch.device("cpu"))
+        agent.load_state_dict(found[0][1] if found else agent.state_dict())
+        made = [p.make_group(args, 4 // groups, slice(i * 4 // groups, (i + 1) * 4 // groups)) for i in range(groups)]
+        p.reset_groups(made, args, 0)
+        batch, _, _ = p.rollout(agent, made, adapter, ids, args, torch.Generator().manual_seed(0), WORLD)
+        found.append((batch, agent.state_dict()))
+    for key in found[0][0]:  # a matrix product may round by its batch size, and physics passes it on
+        torch.testing.assert_close(found[0][0][key], found[1][0][key], rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_with_a_camera_looks_at_rendered_frames_and_learns_from_the_cache(policies):
+    args, config, stored = resolved(policies["tiny"], num_envs=2, num_steps=2, env_groups=1, num_minibatches=1)
+    if why := p.video_off():
+        pytest.skip(why)
+    agent, adapter, ids, _ = p.load_agent(args, config, stored, torch.device("cpu"))
+    p.set_trainable(agent.model, {}, args, 1)
+    group = p.make_group(args, 2, slice(0, 2))
+    p.reset_groups([group], replace(args, stagger=False), 0)
+    batch, cache, _ = p.rollout(agent, [group], adapter, ids, args, torch.Generator().manual_seed(0), WORLD)
+    adapter.camera.close()
+    assert ids.shape[1] > 4 and len(cache.features) == 6  # two environments, three looks, none of them alike
+    images = cache.features[int(batch["frame"][0, 0])]
+    assert images.shape == (ids.shape[1], 64) and not torch.equal(images, cache.features[int(batch["frame"][1, 0])])
+    flat = {k: v.flatten(0, 1) for k, v in batch.items()}
+    look = cache.look(flat["frame"], flat["state"])
+    mask = p.executed_mask(flat["lengths"], flat["chain"][:, 0])
+    logprobs, _, _ = p.chain_logprobs(agent, look, flat["chain"], flat["first"], mask, args)
+    torch.testing.assert_close(logprobs, flat["logprobs"], rtol=1e-4, atol=1e-4)
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_logs_what_the_page_documents_and_leaves_a_policy_that_loads(run, policies):
+    code, folder = run(anchor="kl", save_every=1)
+    assert code == 0
+    logged = {name for row in rows(folder) for name in row} - {"step"}
+    assert logged <= documented_metrics("ppo_gr00t.md"), logged - documented_metrics("ppo_gr00t.md")
+    assert [row["step"] for row in rows(folder)] == [0, 40, 80, 120]
+    assert rows(folder)[2]["losses/first_ratio_error"] < 1e-5
+    levels = [row["charts/noise_level"] for row in rows(folder)[1:]]
+    assert levels == pytest.approx([0.8, 0.55, 0.3])  # from --noise-level to --final-noise-level
+    config = json.loads((folder / "config.json").read_text())
+    assert config["args"]["model_path"] == str(policies["lite"]) and (folder / "learning.png").exists()
+    model = GR00T.from_pretrained(folder / "last")
+    start = GR00T.from_pretrained(policies["lite"])
+    assert not torch.equal(model.action_head.action_decoder.layer2.b, start.action_head.action_decoder.layer2.b)
+    assert torch.equal(model.backbone.instruction_table.weight, start.backbone.instruction_table.weight)
+    assert gr00t_finetune.saved_args(str(folder / "last")) == {
+        "data_config": "fetch",
+        "embodiment_tag": "new_embodiment",
+    }
+    code, again = run(model_path=str(folder), eval_only=True, eval_episodes=2)  # a run folder is a policy, too
+    best = max(rows(folder), key=lambda r: (r.get("eval/success_rate", -1), r.get("eval/episodic_return", -99)))
+    if best["step"]:
+        assert rows(again)[0]["eval/episodic_return"] == pytest.approx(best["eval/episodic_return"], abs=1e-6)
+
+
+@pytest.mark.parametrize("flags", [dict(sampler="flow-noise"), dict(lora_rank=2, anchor="bc"), dict(amp="bf16")],
+                         ids=["flow-noise", "lora, bc", "bf16"])  # fmt: skip
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, flags, tmp_path):
+    code, whole = run(save_every=1, keep=9, **flags)
+    assert code == 0
+    lines, last = timeless(whole), load_file(whole / "last" / "model.safetensors")
+    middle = whole / "checkpoints" / "step-000000080"
+    code, resumed = run(resume=middle)
+    assert code == 0 and resumed == whole and timeless(whole) == lines
+    again = load_file(whole / "last" / "model.safetensors")
+    assert all(torch.equal(last[k], again[k]) for k in last)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(model_path="nowhere/at/all"), "nowhere/at/all"),
+        (dict(env_id="FetchSlide-v4"), "FetchPush-v4"),
+        (dict(env_id="CartPole-v1"), "FetchReach-v4"),
+        (dict(execute_steps=17), "16"),
+        (dict(denoising_steps=1, noisy_step="ignore-last"), "--noisy-step last"),
+        (dict(num_minibatches=3), "does not divide"),
+        (dict(num_envs=3), "--env-groups"),
+        (dict(embodiment_tag="gr1"), "no statistics"),
+        (dict(data_config="so100"), "single_arm"),
+        (dict(unfreeze=("3",)), "ITERATION:LAYERS"),
+        (dict(unfreeze=("3:1",)), "lite"),
+        (dict(anchor="bc", tune_llm=True), "frozen"),
+        (dict(total_timesteps=10), "one batch"),
+        (dict(noise_range=(0.3, 0.1)), "noise-range"),
+        (dict(model_path=None, eval_only=True), "--model-path"),
+    ],
+)
+def test_bad_input_ends_in_one_line(run, flags, message, capsys):
+    code, _ = run(**flags)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and lines[-1].startswith("error: ") and message in lines[-1]
+
+
+def test_a_checkpoint_without_statistics_or_of_another_script_is_refused(run, policies, tmp_path, capsys):
+    (tmp_path / "bare").mkdir()
+    code, _ = run(model_path=str(tmp_path / "bare"))
+    assert code == 2 and "no statistics" in capsys.readouterr().err
+    code, folder = run(total_timesteps=40)
+    trainer = folder / "last" / "trainer.json"
+    trainer.write_text(trainer.read_text().replace('"script": "ppo_gr00t"', '"script": "ppo_fetch"'))
+    code, _ = run(resume=folder)
+    assert code == 2 and "belongs to ppo_fetch" in capsys.readouterr().err
+
+
+def test_the_default_start_is_fine_tuned_by_the_command_that_is_printed(monkeypatch, tmp_path, capsys):
+    """Another command, the same way: what it leaves is the policy, and a failure is the end."""
+    calls = []
+
+    class Done:
+        returncode, stderr = 0, ""
+
+    def fake(command, **kwargs):
+        calls.append(command)
+        (tmp_path / "start" / "gr00t_finetune" / "made").mkdir(parents=True)
+        return Done
+
+    monkeypatch.setattr(p.subprocess, "run", fake)
+    args = p.fine_tune_start(Args(), tmp_path, print)
+    assert args.model_path == str(tmp_path / "start" / "gr00t_finetune" / "made")
+    assert p.START in capsys.readouterr().out and calls[0][1] == str(ROOT / "gr00t_finetune.py")
+    monkeypatch.setattr(sys, "argv", ["gr00t_finetune.py", *calls[0][2:]])
+    assert parse(gr00t_finetune.Args, "").model_path == "lite"  # every flag exists
+    Done.returncode, Done.stderr = 2, "error: no disk\n"
+    monkeypatch.setattr(p.subprocess, "run", lambda *a, **k: Done)
+    with pytest.raises(SystemExit):
+        p.fine_tune_start(Args(), tmp_path, print)
+    assert "no disk" in capsys.readouterr().err
+
+
+def test_the_data_config_of_fetch_is_one_that_the_adapter_knows():
+    assert set(DATA_CONFIGS["fetch"].state.values()) == {"min_max"} and FeatureCache is p.FeatureCache
