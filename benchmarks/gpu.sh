@@ -22,7 +22,7 @@ part() { # part NAME COMMAND...: runs it, copies its output to the log, remember
 }
 
 if [ "$device" = cuda ]; then
-  part "numerics on the GPU" $python -m pytest -m gpu
+  part "numerics on the GPU" $python -m pytest -n 0 -m gpu
   part "GRPO decode, Qwen2-0.5B" $python benchmarks/gpu_decode.py --device cuda
   part "GRPO step, Qwen2-0.5B, 16 tokens" $python benchmarks/grpo_vs_trl.py --device cuda --random-qwen2 --pairs 1 --steps 5
   part "GRPO step, graphed and compiled" $python benchmarks/grpo_vs_trl.py --device cuda --random-qwen2 --pairs 1 --steps 5 --decode graph --compile
