@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import random
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -81,27 +80,6 @@ def free_port() -> str:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return str(free.getsockname()[1])
-
-
-def two_processes(script: str, flags: list[str], output_dir: Path) -> Path:
-    """Starts a script twice over gloo, as `torchrun --nproc-per-node 2` does without its third process; the run folder."""
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / script), *flags, f"--output-dir={output_dir}"],
-            env=os.environ | env | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(output[-2000:] for output in outputs)
-    (folder,) = (output_dir / Path(script).stem).iterdir()
-    return folder
 
 
 def two_forks(start) -> list[int]:
