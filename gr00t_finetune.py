@@ -43,10 +43,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from common import plot
 from common.checkpoint import atomic_folder, find_checkpoint, gathered, link, load_state, prune, save_state
-from common.data_configs import DataConfig, check_keys, find_data_config
-from common.fetch import FetchVec
-from common.gr00t import EMBODIMENTS, GR00T, EagleBackbone, GR00TConfig, group_of
-from common.lerobot import (
+from common.log import Logger
+from common.robot.data_configs import DataConfig, check_keys, find_data_config
+from common.robot.fetch import FetchVec
+from common.robot.gr00t_n15 import EMBODIMENTS, GR00T, EagleBackbone, GR00TConfig, group_of
+from common.robot.lerobot import (
     Episodes,
     bounds,
     cache_frames,
@@ -57,7 +58,6 @@ from common.lerobot import (
     read_modality,
     to_matrix,
 )
-from common.log import Logger
 from common.run import (
     StopSignal,
     World,
@@ -111,7 +111,7 @@ class Args:
     """LeRobot v2.0 / v2.1 folders or hub ids (user/name or user/name@revision); several make a mixture;
     default: the checkpoint's with --eval-only, assets/fetch_demos otherwise"""
     data_config: str | None = None
-    """cameras, joints, normalisation: one of common/data_configs.py, auto (all of modality.json), or module:NAME;
+    """cameras, joints, normalisation: one of common/robot/data_configs.py, auto (all of modality.json), or module:NAME;
     default: the checkpoint's with --eval-only, fetch for a Fetch robot, fourier_gr1_arms_only otherwise"""
     embodiment_tag: Literal["new_embodiment", "gr1", "oxe_droid", "agibot_genie1"] | None = None
     """whose rows of the embodiment layers to use: a pretrained robot's or the free ones of new_embodiment, the default"""
@@ -1331,7 +1331,7 @@ def read_metadata(path: str) -> dict:
         return {}
     folder = Path(resolve_model_path(path))
     if not folder.is_dir():
-        from common.gr00t import resolve as resolve_repository
+        from common.robot.gr00t_n15 import resolve as resolve_repository
 
         folder = resolve_repository(path)
     file = folder / "experiment_cfg" / "metadata.json"

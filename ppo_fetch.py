@@ -42,9 +42,10 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
-from common import fetch, plot
+from common import plot
 from common.checkpoint import atomic_folder, find_checkpoint, link, load_state, prune, save_state
 from common.log import Logger
+from common.robot import fetch
 from common.run import (
     StopSignal,
     World,
@@ -101,7 +102,7 @@ class Args:
     env_backend: Literal["native", "gymnasium", "gymnasium-async"] = "native"
     """native: FetchVec, physics on threads; gymnasium: one after the other; gymnasium-async: a process each"""
     observation_mode: Literal["observation", "observation_goal", "full", "delta"] = "delta"
-    """what the policy sees, see common/fetch.py; other environments: their own observation"""
+    """what the policy sees, see common/robot/fetch.py; other environments: their own observation"""
     reward_mode: Literal["sparse", "dense", "distance", "shaped", "env"] | None = None
     """-1/0 | -distance | the same, +10 at the goal | potential-based shaping | the environment's own; default: by task"""
     success_reward: float = 0.1

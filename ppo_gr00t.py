@@ -46,11 +46,12 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
-from common import fetch, plot
+from common import plot
 from common.checkpoint import atomic_folder, find_checkpoint, link, load_state, prune, save_state
-from common.data_configs import DataConfig, find_data_config
-from common.gr00t import EMBODIMENTS, GR00T, GR00TConfig, group_of
 from common.log import Logger
+from common.robot import fetch
+from common.robot.data_configs import DataConfig, find_data_config
+from common.robot.gr00t_n15 import EMBODIMENTS, GR00T, GR00TConfig, group_of
 from common.run import (
     StopSignal,
     World,
@@ -118,7 +119,7 @@ class Args:
     """run folder or checkpoint of gr00t_finetune.py or of this script, a folder in the published layout or a hub id; it
     must hold statistics of Fetch. default: fine-tune a weak lite policy first (the command is printed)"""
     data_config: str | None = None
-    """what the policy sees, see common/data_configs.py; default: the checkpoint's"""
+    """what the policy sees, see common/robot/data_configs.py; default: the checkpoint's"""
     embodiment_tag: Literal["new_embodiment", "gr1", "oxe_droid", "agibot_genie1"] | None = None
     """whose rows of the embodiment layers to use; default: the checkpoint's"""
     tokenizer: str | None = None
@@ -1241,7 +1242,7 @@ def read_checkpoint(args: Args) -> tuple[Args, DataConfig, dict]:
     """The checkpoint's folder and data config, and its statistics; what is missing ends the program, nothing is guessed."""
     path = resolve_model_path(args.model_path)
     if not Path(path).is_dir():
-        from common.gr00t import resolve as resolve_repository
+        from common.robot.gr00t_n15 import resolve as resolve_repository
 
         path = str(resolve_repository(path))
     folder, source = Path(path), args.model_path

@@ -36,7 +36,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from common.fetch import GOAL_RADIUS, FetchVec, goal_distance, import_robotics  # noqa: E402
+from common.robot.fetch import GOAL_RADIUS, FetchVec, goal_distance, import_robotics  # noqa: E402
 from common.run import fail, parse  # noqa: E402
 
 

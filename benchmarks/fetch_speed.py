@@ -29,7 +29,7 @@ from gymnasium.vector import AutoresetMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.fetch import HOLD, TASKS, FetchVec, import_robotics
+from common.robot.fetch import HOLD, TASKS, FetchVec, import_robotics
 
 
 @dataclass

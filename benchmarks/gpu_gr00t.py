@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import gr00t_finetune as g
-from common.gr00t import GR00T, GR00TConfig
+from common.robot.gr00t_n15 import GR00T, GR00TConfig
 from common.run import parse, setup_world
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import gr00t_finetune as g
-from common import lerobot
+from common.robot import lerobot
 from common.run import World, parse
 
 
@@ -29,7 +29,7 @@ class Args:
     dataset_path: str = "assets/fetch_demos"
     """LeRobot v2 folder"""
     data_config: str = "fetch"
-    """name in common/data_configs.py"""
+    """name in common/robot/data_configs.py"""
     size: int = 64
     """side of the model's images"""
     items: int = 40

@@ -31,8 +31,8 @@ import torch
 import torch.nn as nn
 import tyro
 
-from common import fetch
-from common.fetch import FetchVec
+from common.robot import fetch
+from common.robot.fetch import FetchVec
 
 EVAL_EVERY = 1_600  # env steps
 STEPS = {"ours": 12_000, "sb3": 80_000, "sb3, our settings": 24_000, "cleanrl-style": 80_000}

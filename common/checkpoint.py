@@ -1,6 +1,6 @@
 """Checkpoints that survive being killed: safetensors and JSON, written to a temporary folder, then renamed.
 
-run/checkpoints/step-000120/   model folder (the script writes it) + trainer.safetensors + trainer.json
+run/checkpoints/step-000000120/   model folder (the script writes it) + trainer.safetensors + trainer.json
 run/last, run/best             symbolic links to one of them
 """
 
@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common.run import fail
+from common.cli import fail
+from common.parallel import gathered, like
 
 
 @contextmanager
@@ -56,33 +57,19 @@ def prune(run_dir: Path, keep: int) -> None:
 # ---- state as tensors and JSON ---------------------------------------------------------------------------------------
 
 
-def gathered(tensors: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """Makes tensors that are spread over the processes whole, one by one, on the CPU of the process that keeps them.
-
-    Every process calls it, with the same names; those that do not keep get nothing.
-    """
-    from torch.distributed.tensor import DTensor
-
-    found = {}
-    for name, tensor in tensors.items():
-        whole = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-        if keep:
-            found[name] = whole
-    return found
-
-
-def save_state(folder: Path, optimizer: torch.optim.Optimizer, state: dict, moments: dict | None = None) -> None:
+def save_state(folder: Path | None, optimizer: torch.optim.Optimizer, state: dict, moments: dict | None = None) -> None:
     """Writes trainer.safetensors (optimizer moments, torch RNG) and trainer.json (`state` and the other RNGs).
 
-    `moments`: the optimizer's state by parameter index, `gathered`, where it is spread over processes.
+    Moments may be spread over processes: then all of them call it, those that do not write with None for a folder.
     """
     tensors = {"rng.torch": torch.get_rng_state()}
     for index, slots in (optimizer.state_dict()["state"] if moments is None else moments).items():
-        for name, value in slots.items():
+        for name, value in gathered(slots, keep=folder is not None).items():
             tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    save_file(tensors, folder / "trainer.safetensors")
-    state = state | {"rng": {"python": random.getstate(), "numpy": numpy_rng()}}
-    (folder / "trainer.json").write_text(json.dumps(state, indent=1) + "\n")
+    if folder is not None:
+        save_file(tensors, folder / "trainer.safetensors")
+        state = state | {"rng": {"python": random.getstate(), "numpy": numpy_rng()}}
+        (folder / "trainer.json").write_text(json.dumps(state, indent=1) + "\n")
 
 
 def load_state(folder: Path, optimizer: torch.optim.Optimizer, script: str) -> dict:
@@ -100,14 +87,8 @@ def load_state(folder: Path, optimizer: torch.optim.Optimizer, script: str) -> d
             _, index, name = key.split(".", 2)
             slots.setdefault(int(index), {})[name] = value
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, named in slots.items():
-        p = parameters[index]
-        if hasattr(p, "placements"):  # a DTensor: each process takes its slice of what it has read
-            from torch.distributed.tensor import distribute_tensor
-
-            for name, value in named.items():
-                if value.dim():
-                    named[name] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    for index, named in slots.items():  # a sharded parameter: each process takes its slice of what it has read
+        slots[index] = {name: like(value, parameters[index]) for name, value in named.items()}
     full = optimizer.state_dict()
     optimizer.load_state_dict({"state": slots, "param_groups": full["param_groups"]})
     torch.set_rng_state(tensors["rng.torch"])
@@ -123,14 +104,16 @@ def numpy_rng() -> list:
     return [name, words.tolist(), *rest]
 
 
-def find_checkpoint(path: str) -> Path:
-    """The checkpoint meant by a run folder (its newest) or by a step-… folder. Nothing there: exit code 2."""
+def find_checkpoint(path: str, best: bool = False) -> Path:
+    """The checkpoint meant by a run folder (its newest, or its best) or by a step-… folder. Nothing there: exit code 2."""
     folder = Path(path)
     if not folder.exists():
         fail(f"'{path}' does not exist; give a run folder such as runs/<script>/<name> or a step-… folder in it")
     if (folder / "trainer.json").exists():
         return folder.resolve()
-    steps = sorted((folder / "checkpoints").glob("step-*"))
+    if best and (folder / "best").exists():
+        return (folder / "best").resolve()
+    steps = sorted((folder / "checkpoints").glob("step-*"), key=lambda step: int(step.name.split("-")[1]))
     if not steps:
         fail(f"'{path}' holds no checkpoint: it is not a run folder, or the run ended before its first save")
     return steps[-1].resolve()

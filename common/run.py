@@ -1,103 +1,254 @@
-"""Plumbing every script starts with: the command line, the device, the run folder, a clean way to stop.
+"""A run from its flags to its last line: processes, folder, logs, checkpoints, and a clean way to stop.
 
-Nothing here moves a learning curve.
+Nothing here moves a learning curve. In a script it reads
+
+    run = Run(__file__, args)                 # processes, signals; with --resume the settings of the run to continue
+    args = resolve(run.args)                  # ... and every check: a refused start leaves no folder behind
+    with run.open(args):                      # folder, config.json, logs; closed whatever happens inside
+        state = run.resume({...}, optimizer)  # the given state, or that of the checkpoint
+        for step in run.steps(total):
+            ...
+            run.end_step(step + 1, metrics, state, optimizer, write)
+        run.finish("what came out of it")
+    sys.exit(run.exit_code)
 """
 
 import contextlib
 import dataclasses
 import importlib.metadata
-import io
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import tyro
+
+from common import plot
+from common.checkpoint import atomic_folder, find_checkpoint, link, load_state, prune, save_state
+from common.cli import fail, flag, parse
+from common.log import Logger
+from common.parallel import World, join_world
 
 PACKAGES = ["torch", "transformers", "datasets", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "wandb"]
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line on stderr and exit code 2: what is wrong and the nearest thing that works."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+@dataclass
+class RunArgs:
+    """Flags that all scripts have."""
+
+    # run
+    exp_name: str | None = None
+    """name of the run; default: by script and task"""
+    seed: int = 42
+    """seed of every random stream of the run"""
+    tags: tuple[str, ...] = ()
+    """wandb tags"""
+    output_dir: str = "runs"
+    """parent of the run folder"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    track: bool = False
+    """also log to Weights & Biases"""
+    wandb_mode: Literal["offline", "online", "disabled"] = "offline"
+    """offline needs no account"""
+    resume: str | None = None
+    """run folder (or one of its checkpoints) to continue, bit-exactly on a CPU, with the settings it was started with"""
+    eval_only: bool = False
+    """measure a trained model and stop"""
+    save_every: int = 50
+    """steps (PPO: iterations) between checkpoints, 0: only at the end"""
+    keep: int = 2
+    """newest checkpoints to keep, besides the best"""
 
 
-def parse(config_class, description: str):
-    """Command line -> dataclass instance. A wrong flag or value ends in one line and exit code 2."""
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            return tyro.cli(config_class, description=description)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        # tyro draws a box around the message, its title in the top line
-        lines = [line for line in captured.getvalue().splitlines() if not line.startswith("╭")]
-        fail(re.sub(r"[╰╯│─╶╴]+", " ", " ".join(lines)))
+FREE = {"resume", "device", "track", "wandb_mode"}  # flags that may differ from those of the run that is resumed
 
 
-# ---- processes and devices -------------------------------------------------------------------------------------------
+class Run:
+    """One run of a script. `args` are its flags; until `open`, nothing is written."""
 
-
-@dataclasses.dataclass(frozen=True)
-class World:
-    """This process among those that torchrun started (one process: rank 0 of 1)."""
-
-    rank: int
-    size: int
-    device: torch.device
+    def __init__(self, script: str, args, free: set[str] = FREE):
+        """script: its __file__. free: flags that --resume may change."""
+        self.script, self.stop = Path(script), StopSignal()
+        self.world = join_world(args.device)
+        self.args, self.checkpoint = args, None
+        if args.resume:
+            initial = asdict(type(args)())
+            if given := [name for name, value in asdict(args).items() if name not in free and value != initial[name]]:
+                fail(f"--resume continues with the run's own settings; drop {flag(given[0])} or start a new run")
+            self.checkpoint = find_checkpoint(args.resume)
+            self.args = read_config(self.checkpoint.parent.parent, type(args))
+            self.args = replace(self.args, **{name: getattr(args, name) for name in free})
+        self.exit_code = 1  # unless the end is reached
+        self.unit = 1  # what is logged as the step, in steps of the loop; PPO counts environment steps
+        self.first, self.best = 0, None  # steps done before; {"score", "step"} of the best so far
+        self.total, self.ending, self.stopped = 0, False, False
+        self.seconds: Counter = Counter()  # of this step, by what they were spent on: see `clock`
+        self.warned: dict[str, int] = {}
 
     @property
-    def main(self) -> bool:
-        return self.rank == 0
+    def name(self) -> str:
+        return self.script.stem
 
-    def all_sum(self, tensors: list[torch.Tensor]) -> None:
-        """Replaces each tensor by its sum over all processes."""
-        if self.size > 1 and tensors:
-            flat = torch.cat([t.reshape(-1) for t in tensors])  # one message instead of hundreds
-            dist.all_reduce(flat)
-            for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-                t.copy_(part.view_as(t))
+    # ---- beginning and end ----
 
-    def gather(self, rows: list) -> list:
-        """Concatenates every process's list, in the order of the ranks, on every process."""
-        if self.size == 1:
-            return rows
-        parts = [None] * self.size
-        dist.all_gather_object(parts, rows)
-        return [row for part in parts for row in part]
+    @contextlib.contextmanager
+    def open(self, args) -> Iterator["Run"]:
+        """Makes the run folder, or opens the one to continue. Logs, tracker and processes end with the block."""
+        self.args, world = args, self.world
+        seed_everything(args.seed)
+        if self.checkpoint:
+            self.folder = self.checkpoint.parent.parent
+        else:
+            made = [str(create_folder(self.script, args))] if world.main else []
+            self.folder = Path(world.gather(made)[0])
+            self.configure(args)
+        self.log = Logger(
+            self.folder, asdict(args), track=args.track, wandb_mode=args.wandb_mode, tags=args.tags, enabled=world.main
+        )
+        self.say, self.progress = self.log.say, self.log.progress
+        try:
+            yield self
+            self.exit_code = self.stop.exit_code if self.stopped else 0
+        finally:
+            self.log.finish(self.exit_code)
+            world.leave()
 
+    def configure(self, args) -> None:
+        """Takes these flags for the run's and writes config.json."""
+        self.args = args
+        if self.world.main:
+            write_config(self.folder, args, self.world)
 
-def setup_world(device: str) -> World:
-    """Picks the device ("auto", "cpu", "cuda") and joins the process group when torchrun started this process."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda, but torch sees no CUDA device; --device cpu works everywhere")
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if size > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return World(int(os.environ.get("RANK", 0)), size, torch.device(device))
+    def finish(self, text: str) -> None:
+        """The last lines: what came out of it, and where figures and model are."""
+        if self.world.main and not self.stopped:
+            self.log.finish()  # closes the bar
+            figures = plot.draw([self.folder], self.name, self.folder)
+            print(f"{text}\nfigures {', '.join(map(str, figures))}; model {self.model_folder}")
 
+    @property
+    def model_folder(self) -> Path:
+        """The best checkpoint, or the last where none of this run's was the best."""
+        return self.folder / ("best" if (self.folder / "best").exists() else "last")
 
-def close_world(world: World) -> None:
-    if world.size > 1 and dist.is_initialized():
-        dist.destroy_process_group()
+    # ---- the loop ----
+
+    def steps(self, total: int) -> Iterator[int]:
+        """0, 1, … total - 1, from where the checkpoint left off, with a progress bar; ends early where the run does."""
+        self.total = total
+        self.log.progress(total, self.first)
+        for step in range(self.first, total):
+            self.seconds.clear()
+            start = time.time()
+            self.started = start
+            yield step
+            if self.ending or self.stopped:
+                break
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether what is done every so many steps (0: only at the end) is due after `step` steps."""
+        return self.ending or step == self.total or bool(every and step % every == 0)
+
+    def end(self, reason: str = "") -> None:
+        """Lets the run end with this step. Every process calls it."""
+        self.ending = True
+        if reason:
+            self.say(reason)
+
+    @contextlib.contextmanager
+    def clock(self, name: str):
+        """Adds the seconds of the block to `seconds[name]`."""
+        start = time.time()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.time() - start
+
+    def warn(self, step: int, warnings: dict[str, str]) -> None:
+        """Says each kind of warning at most every 50 steps."""
+        for kind, text in warnings.items():
+            if step - self.warned.get(kind, -50) >= 50:
+                self.warned[kind] = step
+                self.say(f"warning, step {step * self.unit}: {text}")
+
+    def table(self, name: str, step: int, rows: list[dict], upload: bool = True) -> None:
+        self.log.table(name, step * self.unit, rows, upload)
+
+    def write(self, step: int, metrics: dict) -> None:
+        """A line of metrics.jsonl."""
+        self.log.log(step * self.unit, metrics)
+
+    def is_best(self, step: int, *score: float) -> bool:
+        """Whether this score (the larger the better, later numbers break ties) is the best so far; remembers it."""
+        better = self.best is None or list(score) > self.best["score"]
+        if better:
+            self.best = {"score": list(score), "step": step}
+        return better
+
+    def end_step(
+        self, step: int, metrics: dict, state: dict, optimizer, write: Callable, **shown: float | None
+    ) -> None:
+        """Ends step number `step` (from 1): a line of metrics (unless empty), the progress bar with the numbers `shown`,
+        and a checkpoint where one is due, the step is the best so far, the last, or a signal has come.
+
+        write(folder): see `save`.
+        """
+        if metrics:
+            self.write(step, metrics)
+        self.log.advance(**shown)
+        stopped, best = self.world.any(
+            self.stop.number is not None, self.best is not None and self.best["step"] == step
+        )
+        if stopped or best or self.due(step, self.args.save_every):
+            self.save(step, state, optimizer, write)
+        if stopped and step < self.total and not self.ending:
+            self.stopped = True
+            self.say(f"stopped at step {step * self.unit}; continue with: "
+                     f"uv run python {self.script.name} --resume {self.folder}")  # fmt: skip
+
+    # ---- checkpoints ----
+
+    def save(self, step: int, state: dict, optimizer, write: Callable) -> None:
+        """Writes checkpoints/step-…, links `last` and `best` to it, and prunes old ones.
+
+        write(folder) saves the model into the folder and may return more entries for `state`. Every process calls it, as
+        weights may have to be gathered; only the first has a folder, the others get None.
+        """
+        target = self.folder / "checkpoints" / f"step-{step * self.unit:09d}"
+        with atomic_folder(target) if self.world.main else contextlib.nullcontext() as folder:
+            extra = write(folder) or {}
+            own = {"script": self.name, "step": step, "best": self.best, "elapsed": self.log.elapsed}
+            save_state(folder, optimizer, state | extra | own)
+        if self.world.main:
+            link(self.folder, "last", target)
+            if self.best and self.best["step"] == step:
+                link(self.folder, "best", target)
+            prune(self.folder, self.args.keep)
+
+    def resume(self, state: dict, optimizer) -> dict:
+        """`state` as it is, or with --resume as it was saved; optimizer, generators and logs then go on from there."""
+        if not self.checkpoint:
+            return state
+        saved = load_state(self.checkpoint, optimizer, self.name)
+        if missing := [key for key in (*state, "step", "best", "elapsed") if key not in saved]:
+            fail(
+                f"checkpoint '{self.checkpoint}' is of an older version: it lacks {missing[0]!r}; start a new run from it"
+            )
+        self.first, self.best = saved["step"], saved["best"]
+        self.log.truncate(self.first * self.unit, saved["elapsed"])
+        self.say(f"resuming {self.folder} after {self.first * self.unit:,} steps")
+        return saved
 
 
 def seed_everything(seed: int) -> None:
@@ -126,42 +277,52 @@ def versions() -> dict[str, str]:
     return found
 
 
-def create_run(script: str, exp_name: str, seed: int, root: str) -> Path:
+def processor() -> str:
+    """The CPU's model name, where the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return "unknown"
+
+
+def create_folder(script: Path, args) -> Path:
     """Makes runs/<script>/<exp-name>-<seed>-<time>/ with a copy of the script."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    base = Path(root) / Path(script).stem
-    run_dir, n = base / f"{exp_name}-{seed}-{stamp}", 1
-    while run_dir.exists():  # two runs in one second
-        run_dir, n = base / f"{exp_name}-{seed}-{stamp}-{n}", n + 1
-    run_dir.mkdir(parents=True)
-    shutil.copy(script, run_dir)
-    return run_dir
+    name = f"{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    base = Path(args.output_dir) / script.stem
+    folder, n = base / name, 1
+    while folder.exists():  # two runs in one second
+        folder, n = base / f"{name}-{n}", n + 1
+    folder.mkdir(parents=True)
+    shutil.copy(script, folder)
+    return folder
 
 
-def write_config(run_dir: Path, args, world: World) -> None:
-    """Writes config.json: every flag as used, git revision, versions, device."""
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+def write_config(folder: Path, args, world) -> None:
+    """Writes config.json: every flag as used, git revision, versions, hardware."""
     facts = {
-        "args": dataclasses.asdict(args),
+        "args": asdict(args),
         "command": " ".join(sys.argv),
         "git": git_revision(),
         "versions": versions(),
-        "device": device,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        "cpu": processor(),
+        "cores": len(os.sched_getaffinity(0)),
         "processes": world.size,
         "threads": torch.get_num_threads(),
     }
-    (run_dir / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def read_config(run_dir: Path, config_class):
+def read_config(folder: Path, config_class):
     """The flags of an earlier run, from its config.json, as a `config_class`."""
     try:
-        saved = json.loads((run_dir / "config.json").read_text())["args"]
+        saved = json.loads((folder / "config.json").read_text())["args"]
     except (OSError, ValueError, KeyError):
-        fail(f"'{run_dir}' is not a run folder: it has no readable config.json")
-    fields = {f.name for f in dataclasses.fields(config_class)}
+        fail(f"'{folder}' is not a run folder: it has no readable config.json")
+    fields = {field.name for field in dataclasses.fields(config_class)}
     if unknown := set(saved) - fields:
-        fail(f"'{run_dir}' was made by another script or version: unknown settings {sorted(unknown)}")
+        fail(f"'{folder}' was made by another script or version: unknown settings {sorted(unknown)}")
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
 
@@ -184,3 +345,17 @@ class StopSignal:
     @property
     def exit_code(self) -> int:
         return 128 + (self.number or 0)  # the shell's convention: 130 for Ctrl-C, 143 for SIGTERM
+
+
+# ---- until every script has moved to `Run` ----
+
+setup_world, World.all_sum = join_world, lambda self, tensors: self.total(*tensors) if tensors else None
+__all__ = ["World", "fail", "parse"]
+
+
+def close_world(world: World) -> None:
+    world.leave()
+
+
+def create_run(script: str, exp_name: str, seed: int, root: str) -> Path:
+    return create_folder(Path(script), RunArgs(exp_name=exp_name, seed=seed, output_dir=root))

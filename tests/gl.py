@@ -8,7 +8,7 @@ import ppo_fetch
 why = ppo_fetch.video_off()
 assert not why, why
 import gymnasium as gym
-from common import fetch
+from common.robot import fetch
 fetch.import_robotics()
 env = gym.make("FetchReach-v4", render_mode="rgb_array", width=32, height=32)
 env.reset(seed=0)

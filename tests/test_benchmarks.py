@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 from benchmarks.table import tables
-from common.gr00t import GR00TConfig
+from common.robot.gr00t_n15 import GR00TConfig
 from common.run import World, parse
 
 SH = (ROOT / "benchmarks/gpu.sh").read_text()

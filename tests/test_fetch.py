@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from common import fetch
-from common.fetch import TASKS, FetchVec
+from common.robot import fetch
+from common.robot.fetch import TASKS, FetchVec
 
 
 def reference(env_id: str, n: int, **kwargs):

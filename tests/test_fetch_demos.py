@@ -13,8 +13,8 @@ import pytest
 from gl import gl_missing
 
 from assets import build_fetch_demos as demos
-from common import fetch
-from common.fetch import GOAL_RADIUS, FetchVec
+from common.robot import fetch
+from common.robot.fetch import GOAL_RADIUS, FetchVec
 
 ROOT = Path(demos.HERE) / "fetch_demos"
 

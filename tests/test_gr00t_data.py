@@ -17,8 +17,8 @@ from conftest import ROOT
 from torch.utils.data import DataLoader
 
 import gr00t_finetune as g
-from common import lerobot
-from common.data_configs import DATA_CONFIGS, DataConfig, check_keys, find_data_config, modes
+from common.robot import lerobot
+from common.robot.data_configs import DATA_CONFIGS, DataConfig, check_keys, find_data_config, modes
 from common.run import World
 from gr00t_finetune import Args, Demonstrations, Order, Plan
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from test_gr00t_run import make_batch
 
 import gr00t_finetune as g
-from common.gr00t import GR00T, GR00TConfig
+from common.robot.gr00t_n15 import GR00T, GR00TConfig
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

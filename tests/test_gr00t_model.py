@@ -1,4 +1,4 @@
-"""common/gr00t.py is numerically GR00T N1.5, trains what its flags say, and reads and writes its files exactly.
+"""common/robot/gr00t_n15.py is numerically GR00T N1.5, trains what its flags say, and reads and writes its files exactly.
 
 The fixtures that running the original gave are used where they are (../shared/data/gr00t_parity); the golden values
 below were recorded from this code while it met them, so that the suite proves the same without.
@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common.gr00t import (
+from common.robot.gr00t_n15 import (
     EAGLE,
     EMBED,
     GR00T,
@@ -421,7 +421,7 @@ def test_full_config_is_written_in_the_published_layout():
 
 def test_building_needs_no_flash_attn(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # an import of it would fail
-    monkeypatch.setattr("common.gr00t.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("common.robot.gr00t_n15.is_flash_attn_2_available", lambda: False)
     GR00T(GR00TConfig.tiny())
     with pytest.raises(SystemExit):
         GR00T(GR00TConfig.tiny(), attn_implementation="flash_attention_2")

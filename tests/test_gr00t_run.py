@@ -16,7 +16,7 @@ from conftest import ROOT, two_forks
 from safetensors.torch import load_file, save_file
 
 import gr00t_finetune as g
-from common.gr00t import GR00T, GR00TConfig
+from common.robot.gr00t_n15 import GR00T, GR00TConfig
 from common.run import parse
 from gr00t_finetune import Args, flow_matching_loss, sample_actions
 
@@ -495,7 +495,7 @@ def test_a_policy_closes_the_loop(run, config):
 def test_the_expert_seen_through_the_policy_interface_succeeds(monkeypatch):
     """The loop itself is sound: with the expert's actions in place of predictions, every episode ends at the goal."""
     from assets.build_fetch_demos import EXPERTS
-    from common.fetch import FetchVec
+    from common.robot.fetch import FetchVec
 
     args = g.resolve(Args(model_path="lite", closed_loop_episodes=4, execute_steps=1))
     args, _, data, _ = g.prepare_data(args, {"metadata": {}}, lambda text: None)

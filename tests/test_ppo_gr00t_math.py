@@ -15,7 +15,7 @@ from torch.distributions import Normal
 import gr00t_finetune
 import ppo_fetch
 import ppo_gr00t as p
-from common.gr00t import GR00T, GR00TConfig
+from common.robot.gr00t_n15 import GR00T, GR00TConfig
 from ppo_gr00t import Agent, Args, FeatureCache, chain_logprobs, executed_mask, ode_actions, sample_chain, transition
 
 SAMPLERS = ("flow-sde", "flow-sde-chain", "flow-noise")

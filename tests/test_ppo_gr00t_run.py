@@ -17,9 +17,9 @@ from test_ppo_math import WORLD
 
 import gr00t_finetune
 import ppo_gr00t as p
-from common import fetch
-from common.data_configs import DATA_CONFIGS
-from common.gr00t import GR00T, GR00TConfig
+from common.robot import fetch
+from common.robot.data_configs import DATA_CONFIGS
+from common.robot.gr00t_n15 import GR00T, GR00TConfig
 from common.run import parse
 from ppo_gr00t import Args, FeatureCache
 

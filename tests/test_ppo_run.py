@@ -282,7 +282,7 @@ def test_groups_that_overlap_collect_the_same_bits_as_one():
 
 def test_shaping_telescopes_over_an_episode():
     """With g = 1 an episode's shaping adds up to k (Phi(end) - Phi(start)), whatever happens in between."""
-    from common import fetch
+    from common.robot import fetch
 
     args = reach_args(env_id="FetchPush-v4", reward_mode="shaped", success_reward=0.0)
     envs = ppo_fetch.make_envs(args, 4, "native")

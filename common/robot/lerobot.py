@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from common.run import fail
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
 

@@ -119,7 +119,7 @@ def find_data_config(name: str, modality: dict) -> DataConfig:
         except (ImportError, AttributeError) as error:
             fail(f"--data-config {name}: {error}")
         if not isinstance(config, DataConfig):
-            fail(f"--data-config {name}: must be a common.data_configs.DataConfig, not a {type(config).__name__}")
+            fail(f"--data-config {name}: must be a common.robot.data_configs.DataConfig, not a {type(config).__name__}")
         return config
     if name not in DATA_CONFIGS:
         fail(f"--data-config {name} is unknown; there are {', '.join(DATA_CONFIGS)}, auto and module:NAME")

@@ -1,0 +1,82 @@
+"""The command line: a dataclass whose fields are flags, and one line for whatever is wrong with it."""
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import io
+import re
+import sys
+import textwrap
+from typing import Annotated, NoReturn, get_type_hints
+
+import tyro
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with one line on stderr and exit code 2: what is wrong and the nearest thing that works."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def flag(name: str) -> str:
+    """num_envs -> --num-envs"""
+    return "--" + name.replace("_", "-")
+
+
+def at_least(bound: float, args, *names: str) -> None:
+    """Every one of these fields is `bound` or more; None is left alone."""
+    for name in names:
+        if getattr(args, name) is not None and not getattr(args, name) >= bound:
+            rule = "must not be negative" if bound == 0 else f"must be at least {bound}"
+            fail(f"{flag(name)} {getattr(args, name)}: {rule}")
+
+
+def positive(args, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            fail(f"{flag(name)} {getattr(args, name)}: must be positive")
+
+
+def described_fields(config_class) -> dict[str, tuple[str, str]]:
+    """field -> (group, help) of a dataclass and its bases, read from their sources.
+
+    A group is a comment line "# group" above fields, the help is the string below a field. What a class redefines stays
+    in the group that it had, and keeps its help unless it brings its own.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for base in reversed([c for c in config_class.__mro__ if dataclasses.is_dataclass(c)]):
+        source = textwrap.dedent(inspect.getsource(base))
+        titles = [(i, line[6:]) for i, line in enumerate(source.splitlines(), 1) if re.match(r"    # \w", line)]
+        body = ast.parse(source).body[0].body
+        for field, below in zip(body, [*body[1:], None]):
+            if isinstance(field, ast.AnnAssign):
+                group, help_text = found.get(field.target.id, ("", ""))
+                group = group or next((title for line, title in reversed(titles) if line < field.lineno), "options")
+                if isinstance(below, ast.Expr):
+                    help_text = " ".join(below.value.value.split())
+                found[field.target.id] = group, help_text
+    return found
+
+
+def parse(config_class, description: str):
+    """Command line -> dataclass instance; --help lists the flags by group. Wrong: one line, exit code 2."""
+    hints, groups = get_type_hints(config_class, include_extras=True), {}
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    for name, (group, text) in described_fields(config_class).items():
+        annotated = Annotated[hints[name], tyro.conf.arg(help=text)]
+        groups.setdefault(group, []).append((name, annotated, dataclasses.field(default=defaults[name])))
+    parts = [(title.split(":")[0].replace(" ", "_"), dataclasses.make_dataclass("Group", fields))
+             for title, fields in groups.items()]  # fmt: skip
+    flags = dataclasses.make_dataclass("Flags", [(n, k, dataclasses.field(default_factory=k)) for n, k in parts])
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            given = tyro.cli(tyro.conf.OmitArgPrefixes[flags], description=description)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        # tyro draws a box around the message, its title in the top line
+        lines = [line for line in captured.getvalue().splitlines() if not line.startswith("╭")]
+        fail(re.sub(r"[╰╯│─╶╴]+", " ", " ".join(lines)))
+    return config_class(**{name: value for part, _ in parts for name, value in vars(getattr(given, part)).items()})

@@ -1,0 +1,60 @@
+"""Statistics that scripts log: intervals, pass@k, explained variance, running sums over micro-batches and processes."""
+
+import math
+from collections import Counter
+
+import torch
+
+from common.parallel import World
+
+
+def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % Wilson score interval of a proportion correct / n."""
+    if n == 0:
+        return 0.0, 1.0
+    p = correct / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Chance that k of n samples, drawn without replacement, hold a right one (unbiased, arXiv 2107.03374)."""
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)  # eq: 1 - C(n - c, k) / C(n, k)
+
+
+class Sums:
+    """Sums, minima and maxima over micro-batches, without asking the device for a number before the end."""
+
+    def __init__(self) -> None:
+        self.sums: Counter = Counter()
+        self.least: dict[str, torch.Tensor] = {}
+        self.most: dict[str, torch.Tensor] = {}
+
+    def add(self, values: dict, passes: int = 1) -> None:
+        """values: numbers or detached tensors (), parts of a sum or mean over the step, which has so many passes."""
+        for name, value in values.items():
+            self.sums[name] += value / passes
+
+    def minimum(self, name: str, value: torch.Tensor) -> None:
+        self.least[name] = torch.minimum(self.least.get(name, value), value)
+
+    def maximum(self, name: str, value: torch.Tensor) -> None:
+        self.most[name] = torch.maximum(self.most.get(name, value), value)
+
+    def totals(self, world: World) -> dict[str, float]:
+        """All of them over all processes, as Python floats."""
+        totals = torch.stack([torch.as_tensor(v, device=world.device, dtype=torch.float32) for v in self.sums.values()])
+        found = dict(zip(self.sums, world.total(totals).tolist()))
+        for values, extreme in ((self.least, min), (self.most, max)):
+            rows = world.gather([{name: float(value) for name, value in values.items()}])
+            found |= {name: extreme(row[name] for row in rows) for name in values}
+        return found
+
+
+def explained_variance(returns: torch.Tensor, values: torch.Tensor, world: World) -> float:
+    """1 for a critic that knows the returns, 0 for one that knows their mean, over the rows of all processes."""
+    r, e = returns.double(), (returns - values).double()
+    count = torch.full((), r.numel(), dtype=torch.float64, device=r.device)
+    n, r1, r2, e1, e2 = world.total(torch.stack([count, r.sum(), (r**2).sum(), e.sum(), (e**2).sum()]))
+    # eq: explained variance = 1 - Var(R - V) / Var(R)
+    return float(1 - (e2 / n - (e1 / n) ** 2) / (r2 / n - (r1 / n) ** 2))
