@@ -16,11 +16,7 @@ from common.robot.fetch import TASKS, FetchVec
 def reference(env_id: str, n: int, **kwargs):
     fetch.import_robotics()
     return gym.make_vec(
-        env_id,
-        n,
-        vectorization_mode="sync",
-        vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
-        **kwargs,
+        env_id, n, vectorization_mode="sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}, **kwargs
     )
 
 

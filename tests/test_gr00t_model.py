@@ -41,8 +41,7 @@ needs_fixtures = pytest.mark.skipif(
 DEVICES = [
     "cpu",
     pytest.param(
-        "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
     ),
 ]
 TOLERANCE = {  # as stated beside the fixtures; gpu: TF32 off

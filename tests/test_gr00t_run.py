@@ -277,8 +277,7 @@ def test_merged_adapters_compute_the_same_and_leave_no_trace(full, targets):
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [dict(tune_projector=False), dict(tune_diffusion_model=False), dict(tune_llm=True), dict(tune_visual=True)],
+    "flags", [dict(tune_projector=False), dict(tune_diffusion_model=False), dict(tune_llm=True), dict(tune_visual=True)]
 )
 def test_frozen_parameters_stay_as_they_are_bit_for_bit(flags):
     torch.manual_seed(0)

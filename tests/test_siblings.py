@@ -22,10 +22,10 @@ CHANGED = {
         "check_training",
         "main",
         "run",
-    },
+    }
 }
 ONLY_IN_FIRST = {  # counting distinct problems, which a mixture does not
-    ("grpo_arithmetic.py", "grpo_mixed.py"): {"draw_unique", "draw_bands", "available"},
+    ("grpo_arithmetic.py", "grpo_mixed.py"): {"draw_unique", "draw_bands", "available"}
 }
 MAX_CHANGED_LINES = 250
 # contracts that callers of either script rely on
