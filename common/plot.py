@@ -12,71 +12,57 @@ import numpy as np
 import tyro
 
 SECONDS = "time/elapsed_s"
-# script -> figure -> panels (title, x, metrics); a metric is followed by its interval where <metric>_low is logged
+BANDS = ("very_easy", "easy", "medium", "hard", "very_hard")
+TASKS = ("arithmetic", "words", "letters", "comparison", "binary", "word_problems")  # those not in a run draw nothing
+STANDARD = ["arithmetic_eval", "arithmetic_eval_greedy", "train/reward"]
+GRPO_HEALTH = [
+    ("KL to the reference (nats / token)", "step", ["train/kl"]),
+    ("entropy (nats / token)", "step", ["train/entropy"]),
+    ("groups without spread", "step", ["train/frac_reward_zero_std"]),
+    ("gradient norm", "step", ["train/grad_norm"]),
+    ("completion length, share cut", "step", ["train/completions/mean_length", "train/completions/clipped_ratio"]),
+    ("sampling vs training log-prob", "step", ["train/sampling_logp_difference/mean"]),
+]
+SUCCESS = ["eval/success_rate", "eval/success_once", "charts/success_rate"]
+RETURN = ["eval/episodic_return", "charts/episodic_return"]
+PPO = {
+    "learning": [
+        ("success without exploration", "step", SUCCESS),
+        ("the same against training time", "time/train_s", SUCCESS),
+        ("return of an episode", "step", RETURN),
+        ("the same against training time", "time/train_s", RETURN),
+    ],
+    "health": [
+        ("KL of the last minibatch", "step", ["losses/approx_kl"]),
+        ("share of ratios clipped", "step", ["losses/clipfrac"]),
+        ("explained variance of returns", "step", ["losses/explained_variance"]),
+        ("ratio error before the first step", "step", ["losses/first_ratio_error"]),
+        ("action std", "step", ["losses/action_std"]),
+        ("gradient norm before clipping", "step", ["losses/grad_norm", "losses/critic_grad_norm"]),
+        ("optimizer steps an iteration", "step", ["losses/optimizer_steps"]),
+    ],
+}
+# script -> figure -> panels (title, x, metrics); a metric is followed by its interval where <metric>_low is logged, a
+# panel without a metric in any of the runs is left out
 FIGURES = {
     "grpo_arithmetic": {
         "learning": [
-            (
-                "held-out accuracy and train reward",
-                "step",
-                ["arithmetic_eval", "arithmetic_eval_greedy", "train/reward"],
-            ),
-            ("the same against time", SECONDS, ["arithmetic_eval", "arithmetic_eval_greedy", "train/reward"]),
-            (
-                "held-out accuracy by band",
-                "step",
-                [f"eval_{band}_accuracy" for band in ("very_easy", "easy", "medium", "hard", "very_hard")],
-            ),
+            ("held-out accuracy and train reward", "step", STANDARD),
+            ("the same against time", SECONDS, STANDARD),
+            ("held-out accuracy by band", "step", [f"eval_{band}_accuracy" for band in BANDS]),
         ],
-        "health": [
-            ("KL to the reference (nats / token)", "step", ["train/kl"]),
-            ("entropy (nats / token)", "step", ["train/entropy"]),
-            ("groups without spread", "step", ["train/frac_reward_zero_std"]),
-            ("gradient norm", "step", ["train/grad_norm"]),
-            (
-                "completion length, share cut",
-                "step",
-                ["train/completions/mean_length", "train/completions/clipped_ratio"],
-            ),
-            ("sampling vs training log-prob", "step", ["train/sampling_logp_difference/mean"]),
-        ],
+        "health": GRPO_HEALTH,
     },
-    "ppo_gr00t": {
+    "grpo_mixed": {
         "learning": [
-            ("success without exploration", "step", ["eval/success_rate", "eval/success_once", "charts/success_rate"]),
-            ("the same against training time", "time/train_s", ["eval/success_rate", "charts/success_rate"]),
-            ("return of an episode", "step", ["eval/episodic_return", "charts/episodic_return"]),
-            ("the same against training time", "time/train_s", ["eval/episodic_return", "charts/episodic_return"]),
+            ("held-out accuracy by task", "step", [f"eval_{task}_accuracy" for task in TASKS]),
+            ("transfer to the standard evaluation", "step", STANDARD),
+            ("solve rate of training problems by task", "step", [f"train/{task}/solve_rate" for task in TASKS]),
         ],
-        "health": [
-            ("KL of the last minibatch", "step", ["losses/approx_kl"]),
-            ("share of ratios clipped", "step", ["losses/clipfrac"]),
-            ("explained variance of returns", "step", ["losses/explained_variance"]),
-            ("ratio error before the first step", "step", ["losses/first_ratio_error"]),
-            ("gradient norm before clipping", "step", ["losses/grad_norm", "losses/critic_grad_norm"]),
-            ("optimizer steps an iteration", "step", ["losses/optimizer_steps"]),
-        ],
+        "health": GRPO_HEALTH,
     },
-    "ppo_fetch": {
-        "learning": [
-            ("success of the mean action", "step", ["eval/success_rate", "eval/success_once", "charts/success_rate"]),
-            (
-                "the same against training time",
-                "time/train_s",
-                ["eval/success_rate", "eval/success_once", "charts/success_rate"],
-            ),
-            ("return of an episode", "step", ["eval/episodic_return", "charts/episodic_return"]),
-            ("the same against training time", "time/train_s", ["eval/episodic_return", "charts/episodic_return"]),
-        ],
-        "health": [
-            ("KL of the last minibatch", "step", ["losses/approx_kl"]),
-            ("share of ratios clipped", "step", ["losses/clipfrac"]),
-            ("explained variance of returns", "step", ["losses/explained_variance"]),
-            ("action std", "step", ["losses/action_std"]),
-            ("gradient norm before clipping", "step", ["losses/grad_norm"]),
-            ("optimizer steps an iteration", "step", ["losses/optimizer_steps"]),
-        ],
-    },
+    "ppo_fetch": PPO,
+    "ppo_gr00t": PPO,
     "gr00t_finetune": {
         "learning": [
             ("loss and error of sampled actions, log scale", "step", ["train/loss", "val/loss", "val/mse"]),
@@ -93,17 +79,6 @@ FIGURES = {
             ("samples / s", "step", ["time/samples_per_s"]),
         ],
     },
-}
-
-# the mixed script's tasks; those that are not in a run draw nothing
-TASKS = ("arithmetic", "words", "letters", "comparison", "binary", "word_problems")
-FIGURES["grpo_mixed"] = {
-    "learning": [
-        ("held-out accuracy by task", "step", [f"eval_{task}_accuracy" for task in TASKS]),
-        ("transfer to the standard evaluation", "step", ["arithmetic_eval", "arithmetic_eval_greedy", "train/reward"]),
-        ("solve rate of training problems by task", "step", [f"train/{task}/solve_rate" for task in TASKS]),
-    ],
-    "health": FIGURES["grpo_arithmetic"]["health"],
 }
 
 
@@ -124,10 +99,12 @@ def figure(runs: list[Path], panels: list, out: Path, caption: str) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = 2 if len(panels) == 4 else min(len(panels), 3)
+    data = [read_metrics(run) for run in runs]
+    logged = {name for rows in data for row in rows for name in row}
+    panels = [panel for panel in panels if logged & set(panel[2])] or panels
+    columns = {4: 2, 7: 4, 8: 4}.get(len(panels), min(len(panels), 3))
     lines = -(-len(panels) // columns)
     fig, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.3 * lines + 0.4), squeeze=False)
-    data = [read_metrics(run) for run in runs]
     for ax, (title, x, metrics) in zip(axes.flat, panels):
         for i, metric in enumerate(metrics):
             curves = [c for rows in data if len((c := series(rows, x, metric))[0])]

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import random
 import shutil
@@ -190,8 +191,11 @@ class Run:
         self.log.log(step * self.unit, metrics)
 
     def is_best(self, step: int, *score: float) -> bool:
-        """Whether this score (the larger the better, later numbers break ties) is the best so far; remembers it."""
-        better = self.best is None or list(score) > self.best["score"]
+        """Whether this score (the larger the better, later numbers break ties) is the best so far; remembers it.
+
+        A score that is not a number is never the best.
+        """
+        better = all(map(math.isfinite, score)) and (self.best is None or list(score) > self.best["score"])
         if better:
             self.best = {"score": list(score), "step": step}
         return better
