@@ -71,6 +71,9 @@ def join_world(device: str) -> World:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+        # cuDNN's attention makes a plan for every new shape, which is most steps here, and its gradients can be NaN
+        # where a mask meets certain lengths (pytorch#196678); without it torch takes flash or memory-efficient attention
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if size > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return World(int(os.environ.get("RANK", 0)), size, torch.device(device))

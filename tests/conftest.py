@@ -28,6 +28,7 @@ from transformers import (
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+torch.backends.cuda.enable_cudnn_sdp(False)  # as join_world leaves a GPU
 
 from assets.build_tiny_qwen2 import batches  # noqa: E402
 

@@ -9,6 +9,7 @@ import torch
 
 from common.checkpoint import atomic_folder, find_checkpoint, link, load_state, prune, save_state
 from common.log import Logger, keep_until
+from common.parallel import join_world
 
 
 def write_checkpoint(run_dir, step, optimizer):
@@ -87,3 +88,17 @@ def test_logs_are_json_lines_without_nan_and_can_be_cut_back(tmp_path):
         rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [0, 1]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["b"] is None
+
+
+def test_a_gpu_is_set_up_without_cudnn_attention(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.get_float32_matmul_precision()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        assert join_world("cuda").device == torch.device("cuda:0")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before[0])
+        torch.set_float32_matmul_precision(before[1])
