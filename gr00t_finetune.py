@@ -47,17 +47,8 @@ from common.log import Logger
 from common.robot.data_configs import DataConfig, check_keys, find_data_config
 from common.robot.fetch import FetchVec
 from common.robot.gr00t_n15 import EMBODIMENTS, GR00T, EagleBackbone, GR00TConfig, group_of
-from common.robot.lerobot import (
-    Episodes,
-    bounds,
-    cache_frames,
-    find_folder,
-    from_matrix,
-    read_episodes,
-    read_info,
-    read_modality,
-    to_matrix,
-)
+from common.robot.lerobot import Episodes, cache_frames, find_folder, read_episodes, read_info, read_modality
+from common.robot.transforms import bounds, from_matrix, to_matrix
 from common.run import (
     StopSignal,
     World,
@@ -1204,7 +1195,7 @@ def closed_loop(model: GR00T, data: Demonstrations, env_id: str, args: Args, dev
 
     Success is that of the last step; `once` counts episodes that were at the goal after any step.
     """
-    from assets.build_fetch_demos import INSTRUCTIONS, STATE, Camera, slices, state_vector
+    from common.robot.fetch_robot import INSTRUCTIONS, STATE, Camera, slices, state_vector
 
     model.eval()
     n, text = args.closed_loop_episodes, data.instructions.index(INSTRUCTIONS[env_id])
@@ -1502,7 +1493,7 @@ def run(
         """Closed loop, where there is a simulator for the data."""
         if not args.closed_loop or not takes_part or any(e.info.get("robot_type") != "fetch" for e in sets):
             return {}
-        from assets.build_fetch_demos import ACTION, INSTRUCTIONS, STATE
+        from common.robot.fetch_robot import ACTION, INSTRUCTIONS, STATE
 
         if not set(data.config.state) <= set(STATE) or list(data.config.action) != list(ACTION):
             logger.say(f"closed loop is off: it needs the actions {', '.join(ACTION)} and state of {', '.join(STATE)}")

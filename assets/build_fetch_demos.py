@@ -18,15 +18,12 @@ Dims: N environments, T steps, D = 28 state numbers, 4 action numbers.
 """
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
-from ctypes.util import find_library
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import gymnasium as gym
 import mujoco
 import numpy as np
 import pyarrow as pa
@@ -36,8 +33,9 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from common.robot.fetch import GOAL_RADIUS, FetchVec, goal_distance, import_robotics  # noqa: E402
-from common.run import fail, parse  # noqa: E402
+from common.cli import fail, parse  # noqa: E402
+from common.robot.fetch import GOAL_RADIUS, FetchVec, goal_distance  # noqa: E402
+from common.robot.fetch_robot import ACTION, INSTRUCTIONS, STATE, Camera, slices, state_vector  # noqa: E402
 
 
 @dataclass
@@ -64,63 +62,14 @@ class Args:
 
 # ---- 1. Format: what a row holds --------------------------------------------------------------------------------------
 
-INSTRUCTIONS = {
-    "FetchReach-v4": "reach the target",
-    "FetchPush-v4": "push the block to the target",
-    "FetchPickAndPlace-v4": "pick up the block and move it to the target",
-}
-# The whole simulator state that gymnasium shows, from which a training script takes the parts it wants. The experts do
-# not look at the block's rotation and velocities: from 120 episodes, an MLP that sees them too ends 50-56 % of Push
-# episodes at the goal, one that does not 72-86 % (three seeds of 100 episodes; the other tasks 97 % or more).
-STATE = {  # observation.state, in this order: metres, metres per step, radians, radians per step
-    "gripper_position": 3,
-    "gripper_velocity": 3,
-    "fingers": 2,  # how far each is open, 0 to 0.05
-    "finger_velocity": 2,
-    "object_relative": 3,  # block - gripper; all that concerns the block is 0 in Reach, which has none
-    "object_rotation": 3,  # Euler angles
-    "object_velocity": 3,  # relative to the gripper
-    "object_angular_velocity": 3,
-    "goal": 3,
-    "goal_relative": 3,  # goal - what is to be there: the gripper in Reach, else the block
-}
-ACTION = {
-    "displacement": 3,
-    "gripper": 1,
-}  # -1 to 1: of 5 cm; of closing (-1) or opening (1), ignored but in PickAndPlace
 FPS = 25  # a step is 20 * 2 ms
 STEPS = 50  # of an episode
 CAMERA = "observation.images.front"
-VIEW = {"distance": 1.0, "azimuth": 180.0, "elevation": -35.0, "lookat": np.array([1.3, 0.75, 0.53])}
 CHUNK = 1000  # episodes in a folder
-
-
-def slices(parts: dict[str, int]) -> dict[str, dict[str, int]]:
-    """{"a": 3, "b": 2} -> {"a": {"start": 0, "end": 3}, "b": {"start": 3, "end": 5}}"""
-    ends = np.cumsum(list(parts.values())).tolist()
-    return {name: {"start": end - size, "end": end} for (name, size), end in zip(parts.items(), ends)}
 
 
 def names(parts: dict[str, int]) -> list[str]:
     return [f"{name}.{i}" for name, size in parts.items() for i in range(size)]
-
-
-def state_vector(obs: dict[str, np.ndarray]) -> np.ndarray:
-    """FetchVec's observations of any Fetch task -> (N, 28) float32, laid out as STATE.
-
-    Differences are taken in float64: positions are near 1 m, differences near 0.
-    """
-    o, achieved, goal = obs["observation"], obs["achieved_goal"], obs["desired_goal"]
-    if o.shape[1] == 10:  # Reach: gripper 3, fingers 2, their velocities 3 and 2
-        gripper, fingers, velocity, finger_velocity = np.split(o, [3, 5, 8], axis=1)
-        block = [np.zeros((len(o), 12))]
-    else:
-        gripper, _, relative, fingers, rotation, velp, velr, velocity, finger_velocity = np.split(
-            o, [3, 6, 9, 11, 14, 17, 20, 23], axis=1
-        )
-        block = [relative, rotation, velp, velr]
-    parts = [gripper, velocity, fingers, finger_velocity, *block, goal, goal - achieved]
-    return np.concatenate(parts, axis=1).astype(np.float32)
 
 
 # ---- 2. Experts: observation -> action, no memory ---------------------------------------------------------------------
@@ -235,34 +184,6 @@ def demonstrations(env_id: str, first_seed: int, noise: float, tail: int, batch:
                 found = True
         first_seed += batch
     fail(f"200 episodes of {env_id} and not one ends at the goal; is --noise {noise:g} too much? 0.05 is fine")
-
-
-class Camera:
-    """Draws simulator states of one task as the data set's front camera saw them, target marker included."""
-
-    def __init__(self, env_id: str, size: int):
-        if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ and sys.platform == "linux":
-            found = next((name for name in ("EGL", "OSMesa") if find_library(name)), None)
-            if found is None:
-                fail(
-                    "no pictures without EGL or OSMesa (Debian: apt-get install libegl1 libgl1 libgl1-mesa-dri); "
-                    "--no-video records the rest"
-                )
-            os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = found.lower()
-        import_robotics()
-        self.env = gym.make(env_id, render_mode="rgb_array", width=size, height=size, default_camera_config=VIEW)
-        self.env.reset(seed=0)
-
-    def draw(self, physics: np.ndarray, goal: np.ndarray) -> np.ndarray:
-        """A row of `FetchVec.get_state()[0]["physics"]` and the goal (3,) -> (size, size, 3) uint8."""
-        env = self.env.unwrapped
-        mujoco.mj_setState(env.model, env.data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
-        mujoco.mj_kinematics(env.model, env.data)  # the marker is placed relative to sites
-        env.goal = goal.copy()
-        return self.env.render()
-
-    def close(self) -> None:
-        self.env.close()
 
 
 # ---- 4. Files ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from gl import gl_missing
 from assets import build_fetch_demos as demos
 from common.robot import fetch
 from common.robot.fetch import GOAL_RADIUS, FetchVec
+from common.robot.fetch_robot import VIEW
 
 ROOT = Path(demos.HERE) / "fetch_demos"
 
@@ -234,7 +235,7 @@ def test_camera_draws_what_the_environment_would(tmp_path):
     physics, goal = vec.get_state()[0]["physics"][0], obs["desired_goal"][0]
     picture = camera.draw(physics, goal)
     size = dict(width=picture.shape[1], height=picture.shape[0])
-    own = gym.make(e["env_id"], render_mode="rgb_array", default_camera_config=demos.VIEW, **size)
+    own = gym.make(e["env_id"], render_mode="rgb_array", default_camera_config=VIEW, **size)
     own.reset(seed=e["seed"])
     np.testing.assert_array_equal(own.render(), picture)
     moved = camera.draw(physics, goal + [0.0, 0.1, 0.0])

@@ -17,7 +17,7 @@ from conftest import ROOT
 from torch.utils.data import DataLoader
 
 import gr00t_finetune as g
-from common.robot import lerobot
+from common.robot import lerobot, transforms
 from common.robot.data_configs import DATA_CONFIGS, DataConfig, check_keys, find_data_config, modes
 from common.run import World
 from gr00t_finetune import Args, Demonstrations, Order, Plan
@@ -218,21 +218,21 @@ def test_min_max_actions_come_back_and_constant_joints_stay_at_their_value(data)
     f"euler_angles_{order}" for order in ("rpy", "ryp", "pry", "pyr", "yrp", "ypr")])  # fmt: skip
 def test_rotations_come_back_from_every_form(kind):
     x = np.random.default_rng(0).normal(size=(50, 4))
-    m = lerobot.to_matrix(x, "quaternion")
+    m = transforms.to_matrix(x, "quaternion")
     assert np.allclose(m @ m.swapaxes(-1, -2), np.eye(3)) and np.allclose(np.linalg.det(m), 1)
-    assert np.allclose(lerobot.to_matrix(lerobot.from_matrix(m, kind), kind), m)
+    assert np.allclose(transforms.to_matrix(transforms.from_matrix(m, kind), kind), m)
 
 
 def test_rotation_conventions():
     """Real part first; 6D is the first two rows; rpy means R_x R_y R_z."""
     quarter = np.array([np.sqrt(0.5), 0, 0, np.sqrt(0.5)])  # a quarter turn about z
-    m = lerobot.to_matrix(quarter, "quaternion")
+    m = transforms.to_matrix(quarter, "quaternion")
     assert np.allclose(m, [[0, -1, 0], [1, 0, 0], [0, 0, 1]])
-    assert np.allclose(lerobot.from_matrix(m, "rotation_6d"), [0, -1, 0, 1, 0, 0])
-    assert np.allclose(lerobot.from_matrix(m, "axis_angle"), [0, 0, np.pi / 2])
-    x, z = (lerobot.to_matrix(np.array(a), "axis_angle") for a in ([0.3, 0, 0], [0, 0, 0.7]))
-    assert np.allclose(lerobot.to_matrix(np.array([0.3, 0, 0.7]), "euler_angles_rpy"), x @ z)
-    assert np.allclose(lerobot.from_matrix(np.eye(3), "axis_angle"), 0)
+    assert np.allclose(transforms.from_matrix(m, "rotation_6d"), [0, -1, 0, 1, 0, 0])
+    assert np.allclose(transforms.from_matrix(m, "axis_angle"), [0, 0, np.pi / 2])
+    x, z = (transforms.to_matrix(np.array(a), "axis_angle") for a in ([0.3, 0, 0], [0, 0, 0.7]))
+    assert np.allclose(transforms.to_matrix(np.array([0.3, 0, 0.7]), "euler_angles_rpy"), x @ z)
+    assert np.allclose(transforms.from_matrix(np.eye(3), "axis_angle"), 0)
 
 
 def test_converted_rotations_use_fixed_bounds_and_come_back():

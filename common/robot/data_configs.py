@@ -9,7 +9,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 
-from common.run import fail
+from common.cli import fail
 
 
 @dataclass(frozen=True)

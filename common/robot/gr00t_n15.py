@@ -50,7 +50,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config, Qwen3Model, SiglipVisionConfig, SiglipVisionModel
 from transformers.utils import is_flash_attn_2_available
 
-from common.run import fail
+from common.cli import fail
 
 EMBODIMENTS = {"new_embodiment": 31, "gr1": 24, "oxe_droid": 17, "agibot_genie1": 26}  # tag -> row; 28 more are unnamed
 

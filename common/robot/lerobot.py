@@ -3,7 +3,6 @@
     info = read_info(folder)                       meta/info.json, other versions refused
     episodes = read_episodes(folder, language)     every row's state, action and annotation columns, in memory
     path = cache_frames(episodes, "front", …)      one camera, decoded once into a memory-mapped file
-    to_matrix(x, "quaternion"), from_matrix(m, …)  the rotation_type of modality.json
 
 Nothing here moves a learning curve: what is done with the arrays is in the scripts.
 """
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.run import fail
+from common.cli import fail
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -301,81 +300,3 @@ def cache_frames(episodes: Episodes, video: str, use: list[int], cache_dir: Path
     finally:
         temporary.unlink(missing_ok=True)  # a broken video leaves nothing behind
     return target
-
-
-# ---- rotations -------------------------------------------------------------------------------------------------------
-
-
-BOUNDS = {"rotation_6d": (1, 6), "quaternion": (1, 4), "axis_angle": (np.pi, 3), "euler_angles": (np.pi, 3)}
-
-
-def bounds(kind: str) -> tuple[float, int]:
-    """Largest absolute value and width of a form of rotation."""
-    return (1, 9) if kind == "matrix" else BOUNDS["euler_angles" if kind.startswith("euler_angles") else kind]
-
-
-def to_matrix(x: np.ndarray, kind: str) -> np.ndarray:
-    """Rotations (…, width) -> (…, 3, 3). Quaternions have the real part first; 6D are the first two rows."""
-    if kind == "matrix":
-        return x.reshape(*x.shape[:-1], 3, 3)
-    if kind == "rotation_6d":
-        a, b = x[..., :3], x[..., 3:]
-        a = a / np.linalg.norm(a, axis=-1, keepdims=True)
-        b = b - (a * b).sum(-1, keepdims=True) * a
-        b = b / np.linalg.norm(b, axis=-1, keepdims=True)
-        return np.stack([a, b, np.cross(a, b)], axis=-2)
-    if kind == "axis_angle":
-        angle = np.linalg.norm(x, axis=-1, keepdims=True)
-        # eq: q = (cos(|w| / 2), sin(|w| / 2) w / |w|), and sinc is defined at 0
-        return to_matrix(np.concatenate([np.cos(angle / 2), np.sinc(angle / 2 / np.pi) / 2 * x], axis=-1), "quaternion")
-    if kind == "quaternion":
-        w, i, j, k = np.moveaxis(x / np.linalg.norm(x, axis=-1, keepdims=True), -1, 0)
-        rows = [1 - 2 * (j * j + k * k), 2 * (i * j - k * w), 2 * (i * k + j * w),
-                2 * (i * j + k * w), 1 - 2 * (i * i + k * k), 2 * (j * k - i * w),
-                2 * (i * k - j * w), 2 * (j * k + i * w), 1 - 2 * (i * i + j * j)]  # fmt: skip
-        return np.stack(rows, axis=-1).reshape(*x.shape[:-1], 3, 3)
-    # eq: R = R_a(x_0) R_b(x_1) R_c(x_2) for the axes named by the last three letters (r: x, p: y, y: z)
-    result = np.eye(3)
-    for n, letter in enumerate(kind[-3:]):
-        axis_angle = np.zeros_like(x)
-        axis_angle[..., "rpy".index(letter)] = x[..., n]
-        result = result @ to_matrix(axis_angle, "axis_angle")
-    return result
-
-
-def from_matrix(m: np.ndarray, kind: str) -> np.ndarray:
-    """(…, 3, 3) -> (…, width), the inverse of `to_matrix`."""
-    if kind == "matrix":
-        return m.reshape(*m.shape[:-2], 9)
-    if kind == "rotation_6d":
-        return m[..., :2, :].reshape(*m.shape[:-2], 6)
-    if kind == "axis_angle":
-        q = from_matrix(m, "quaternion")
-        sine = np.linalg.norm(q[..., 1:], axis=-1, keepdims=True)
-        half = np.arctan2(sine, q[..., :1])
-        return q[..., 1:] * 2 / np.sinc(half / np.pi)
-    if kind == "quaternion":
-        # q q^T from the matrix's entries; its row with the largest diagonal is q up to length
-        xx, yy, zz = (m[..., i, i] for i in range(3))
-        wi, wj, wk = m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1]
-        ij, ik, jk = m[..., 0, 1] + m[..., 1, 0], m[..., 0, 2] + m[..., 2, 0], m[..., 1, 2] + m[..., 2, 1]
-        rows = [1 + xx + yy + zz, wi, wj, wk, wi, 1 + xx - yy - zz, ij, ik,
-                wj, ij, 1 - xx + yy - zz, jk, wk, ik, jk, 1 - xx - yy + zz]  # fmt: skip
-        outer = np.stack(rows, axis=-1).reshape(*m.shape[:-2], 4, 4)
-        best = np.diagonal(outer, axis1=-2, axis2=-1).argmax(-1)
-        q = np.take_along_axis(outer, best[..., None, None], axis=-2)[..., 0, :]
-        q = q / np.linalg.norm(q, axis=-1, keepdims=True)
-        return np.where(q[..., :1] < 0, -q, q)
-    a, b, c = ("rpy".index(letter) for letter in kind[-3:])
-    sign = 1 if (b - a) % 3 == 1 else -1
-    return np.stack(
-        [
-            np.arctan2(-sign * m[..., b, c], m[..., c, c]),
-            np.arcsin((sign * m[..., a, c]).clip(-1, 1)),
-            np.arctan2(-sign * m[..., a, b], m[..., a, a]),
-        ],
-        axis=-1,
-    )
-
-
-BOUNDS = {"rotation_6d": (1, 6), "quaternion": (1, 4), "axis_angle": (np.pi, 3), "euler_angles": (np.pi, 3)}

@@ -1,0 +1,198 @@
+"""What a trained GR00T needs to act: which folder is meant, what it carries, in which units it sees and moves a robot.
+
+    stored = read_stored(args.model_path)                       folder, settings, statistics; weights are not read
+    interface = Interface(config, stored.embodiment(tag, config), EMBODIMENTS[tag])
+    interface.prepare(model.config, tokenizer, instructions)    picture size and token ids
+    batch = interface.batch(interface.state(raw), instructions, interface.images(frames))
+    actions = interface.actions(chunk)                          raw, in the order of the data config
+
+Loss and sampler are the scripts', and no simulator is loaded from here: fetch_robot.py has the one there is.
+
+Dims: N observations, V cameras, S prompt tokens, H = 16 actions of a chunk, A raw action numbers.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from common.checkpoint import find_checkpoint
+from common.cli import fail
+from common.robot.data_configs import DataConfig
+from common.robot.gr00t_n15 import GR00TConfig, read_json, resolve
+from common.robot.transforms import (
+    STATE_DIM,
+    decode_actions,
+    encode,
+    load_tokenizer,
+    pad,
+    prompt,
+    statistics_of,
+    transform_images,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+STATISTICS = {"min", "max", "mean", "std", "q01", "q99"}
+
+
+@dataclass
+class GR00TArgs:
+    """Flags of the scripts that train a GR00T."""
+
+    # model
+    model_path: str | None = None
+    """a folder in the published layout, a run folder, or a hub id such as nvidia/GR00T-N1.5-3B"""
+    data_config: str | None = None
+    """what the policy sees, see common/robot/data_configs.py; default: the checkpoint's"""
+    embodiment_tag: Literal["new_embodiment", "gr1", "oxe_droid", "agibot_genie1"] | None = None
+    """whose rows of the embodiment layers to use: a pretrained robot's or the free ones of new_embodiment, the default"""
+    tokenizer: str | None = None
+    """folder or hub id of the tokenizer; default: bundled for tiny and lite, lerobot/eagle2hg-processor-groot-n1p5"""
+    tune_llm: bool = False
+    """train the language model (lite: its table of instruction tokens)"""
+    tune_visual: bool = False
+    """train the vision tower and its connector"""
+    tune_projector: bool = True
+    """train the embodiment layers: state encoder, action encoder, action decoder, position table"""
+    tune_diffusion_model: bool = True
+    """train the diffusion transformer"""
+    lora_rank: int = 0
+    """rank of the low-rank adapters, 8 to 64; 0: none, train the weights themselves"""
+    lora_alpha: int = 16
+    """adapters are scaled by alpha / rank"""
+    lora_full_model: bool = False
+    """adapters in the backbone too"""
+    lora_targets: Literal["qkv", "qkvo"] = "qkv"
+    """projections of each attention that get adapters"""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """attention kernel of the backbone"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+
+
+# ---- what a folder holds beside the weights --------------------------------------------------------------------------
+
+
+@dataclass
+class Stored:
+    """A checkpoint in the published layout, but for its weights."""
+
+    source: str  # as it was asked for
+    folder: Path | None = None
+    args: dict = field(default_factory=dict)  # settings of the run that made it; none if another program did
+    metadata: dict = field(default_factory=dict)  # embodiment tag -> statistics and description of each key
+    sees: bool = True  # False: the lite model, which has no cameras
+
+    def embodiment(self, tag: str, config: DataConfig) -> dict:
+        """The metadata of this tag, complete for the keys of `config`. A policy without it would act in wrong units."""
+        if tag not in self.metadata:
+            have = ", ".join(self.metadata) or "none"
+            fail(
+                f"checkpoint '{self.source}' has no statistics for --embodiment-tag {tag} (it has: {have}); give a tag it "
+                f"has, or fine-tune it on your data first: gr00t_finetune.py --model-path {self.source}"
+            )
+        entry = self.metadata[tag]
+        for kind in ("state", "action"):
+            for key in getattr(config, kind):
+                if not STATISTICS <= set(entry.get("statistics", {}).get(kind, {}).get(key, {})):
+                    fail(
+                        f"checkpoint '{self.source}' has no statistics of {kind}.{key} for {tag}; was another data config "
+                        "used?"
+                    )
+                if key not in entry.get("modalities", {}).get(kind, {}):
+                    fail(f"checkpoint '{self.source}' does not describe {kind}.{key} for {tag} in its metadata.json")
+        return entry
+
+
+def model_folder(path: str) -> Path:
+    """The folder that --model-path means: a run's best checkpoint (or its last), a folder itself, a hub id's copy."""
+    if (Path(path) / "checkpoints").is_dir():
+        return find_checkpoint(path, best=True)
+    return resolve(path)
+
+
+def read_stored(path: str) -> Stored:
+    """Reads trainer.json, experiment_cfg/metadata.json and config.json; the first two may be absent."""
+    folder = model_folder(path)
+    config = read_json(folder / "config.json", optional=True) or {}
+    return Stored(
+        source=path,
+        folder=folder,
+        args=(read_json(folder / "trainer.json", optional=True) or {}).get("args", {}),
+        metadata=read_json(folder / "experiment_cfg" / "metadata.json", optional=True) or {},
+        sees=not config.get("backbone_cfg", {}).get("instruction_vocab"),
+    )
+
+
+def model_tokenizer(c: GR00TConfig, source: str | None = None):
+    """The tokenizer of a model: the one of --tokenizer, the bundled one of tiny and lite, or the published one."""
+    toy = c.instruction_vocab or c.image_token_index == GR00TConfig.tiny().image_token_index
+    default = str(ROOT / "assets" / "tiny-qwen2") if toy else "lerobot/eagle2hg-processor-groot-n1p5"
+    return load_tokenizer(source or default, None if c.instruction_vocab else c.image_token_index)
+
+
+# ---- units -----------------------------------------------------------------------------------------------------------
+
+
+class Interface:
+    """Between a robot and a model, in the units of a checkpoint: raw observations in, chunks of raw actions out."""
+
+    def __init__(self, config: DataConfig, metadata: dict, embodiment: int):
+        """metadata: the embodiment's entry of metadata.json; embodiment: its row in the embodiment layers."""
+        self.config, self.metadata, self.embodiment = config, metadata, embodiment
+        self.prompts: dict[str, np.ndarray] = {}  # instruction -> token ids
+        self.pad_id, self.image_size = 0, 0
+
+    def prepare(self, c: GR00TConfig, tokenizer, instructions: Iterable[str], form: str = "plain") -> None:
+        """Takes the picture size from the model, and the token ids of all instructions that will be given."""
+        self.image_size, self.pad_id, views = c.image_size, tokenizer.pad_token_id, len(self.config.video)
+        for text in instructions:
+            # a model without cameras (lite) reads the bare instruction
+            words = prompt(text, views, c.tokens_per_image, form) if views else text
+            self.prompts[text] = np.array(tokenizer(words, add_special_tokens=False).input_ids)
+
+    def state(self, raw: dict[str, np.ndarray]) -> np.ndarray:
+        """Raw state (N, width) of each key -> (N, 64) float32; what is beyond 64 is cut, as in the reference."""
+        return pad(encode("state", raw, self.config, self.metadata)[:, :STATE_DIM], STATE_DIM).astype(np.float32)
+
+    def images(self, frames: np.ndarray) -> torch.Tensor:
+        """Pictures (N, V, height, width, 3) uint8 -> (N * V, 3, size, size) uint8: the centre, resized."""
+        return transform_images(frames.reshape(-1, *frames.shape[2:]), self.image_size)
+
+    def batch(
+        self, state: np.ndarray, instructions: Sequence[str], images: torch.Tensor | None = None, length: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """What the policy sees: state (N, 64), N instructions, images (N * V, 3, size, size) as `images` gives them.
+
+        Prompts are padded on the left to the longest, or to `length`.
+        """
+        prompts = [self.prompts[text] for text in instructions]
+        length = max(length, max(map(len, prompts)))
+        ids = np.full((len(prompts), length), self.pad_id)  # (N, S)
+        for row, tokens in zip(ids, prompts):
+            row[length - len(tokens) :] = tokens
+        mask = np.arange(length) >= length - np.array([len(tokens) for tokens in prompts])[:, None]
+        batch = {
+            "eagle_input_ids": torch.from_numpy(ids),
+            "eagle_attention_mask": torch.from_numpy(mask.astype(np.int64)),
+            "state": torch.from_numpy(np.ascontiguousarray(state))[:, None].float(),
+            "embodiment_id": torch.tensor([self.embodiment]),
+        }
+        return batch if images is None else batch | {"images": images}
+
+    def actions(self, chunk: np.ndarray) -> np.ndarray:
+        """The model's chunk (N, H, 32) -> raw actions (N, H, A) float64, the config's keys side by side; not clipped."""
+        raw = decode_actions(chunk.astype(np.float64), self.config, self.metadata)
+        return np.concatenate(list(raw.values()), axis=-1)
+
+    def action_names(self, raw: bool = False) -> list[str]:
+        """One name per action number of the model or, where a rotation is converted, as recorded."""
+        names = []
+        for key in self.config.action:
+            width = len(statistics_of("action", key, self.config, self.metadata)["min"])
+            width = self.metadata["modalities"]["action"][key]["shape"][0] if raw else width
+            names += [key] if width == 1 else [f"{key}.{i}" for i in range(width)]
+        return names
