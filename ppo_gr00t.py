@@ -64,6 +64,8 @@ from common.run import (
     setup_world,
     write_config,
 )
+from common.stats import wilson
+from common.video import no_renderer
 
 SCRIPT = "ppo_gr00t"
 ROOT = Path(__file__).resolve().parent
@@ -205,8 +207,6 @@ class Args:
     """normalise advantages in each minibatch"""
     clip_coef: float = 0.2
     """PPO's epsilon, for the ratio of a whole chunk"""
-    clip_vloss: bool = False
-    """clip the value loss as well; its range is in units of (scaled) return"""
     ent_coef: float = 0.0
     """Flow-Noise: weight of the entropy bonus (Flow-SDE's entropy is a constant)"""
     vf_coef: float = 0.5
@@ -257,11 +257,6 @@ START = (
     "gr00t_finetune.py --model-path lite --max-samples 90 --max-steps 400 --batch-size 32 --learning-rate 6e-3 "
     "--adam-betas 0.9 0.95 --max-grad-norm 10"
 )
-
-
-def task_of(env_id: str) -> str:
-    """FetchPush-v4, FetchPushDense-v4 -> FetchPush; anything but Fetch -> other."""
-    return env_id.removesuffix("-v4").removesuffix("Dense") if fetch.is_fetch(env_id) else "other"
 
 
 # ---- 2. Environments -------------------------------------------------------------------------------------------------
@@ -339,7 +334,7 @@ class Group:
     def observe(self, obs, args: Args) -> None:
         self.obs = obs
         if args.reward_mode == "shaped":
-            self.potential = fetch.potential(obs, task_of(args.env_id))
+            self.potential = fetch.potential(obs, fetch.task_of(args.env_id))
 
     def begin(self, seeds: list[int], args: Args) -> None:
         n = self.envs.num_envs
@@ -369,7 +364,7 @@ class Group:
             distance = fetch.goal_distance(obs)
             if args.reward_mode == "shaped":
                 # eq: r = c 1[success] + k (g Phi(s') - Phi(s))   [Ng, Harada, Russell 1999]
-                phi, success = fetch.potential(obs, task_of(args.env_id)), distance <= fetch.GOAL_RADIUS
+                phi, success = fetch.potential(obs, fetch.task_of(args.env_id)), distance <= fetch.GOAL_RADIUS
                 r = args.success_reward * success + args.shaping * (args.shaping_gamma * phi - self.potential)
                 self.potential = phi
             else:
@@ -435,11 +430,11 @@ class RunningStatistics(nn.Module):
         x = x.double()
         n, total = torch.full((), len(x), dtype=torch.float64, device=x.device), x.sum(0)
         if world:
-            world.all_sum([n, total])
+            world.total(n, total)
         mean = total / n
         squares = ((x - mean) ** 2).sum(0)
         if world:
-            world.all_sum([squares])
+            world.total(squares)
         # eq: M2 = M2_a + M2_b + (m_b - m_a)^2 n_a n_b / (n_a + n_b)   [Chan et al. 1979]
         count, delta = self.count + n, mean - self.mean
         m2 = self.var * self.count + squares + delta**2 * self.count * n / count
@@ -850,9 +845,8 @@ def gae(rewards, values, next_values, terminations, dones, gamma: float, gae_lam
 
 
 def ppo_loss(
-    logprobs, old_logprobs, advantages, entropy, values, old_values, returns, *,
-    clip_coef: float = 0.2, clip_vloss: bool = False, ent_coef: float = 0.0, vf_coef: float = 0.5,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+    logprobs, old_logprobs, advantages, entropy, values, returns, *, clip_coef=0.2, ent_coef=0.0, vf_coef=0.5
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The clipped surrogate, the value loss and the entropy bonus; all inputs (B,) float32, advantages as they weigh.
 
     Returns (loss, metrics); metrics are detached means over B. Source: arXiv 1707.06347, eq. 7 and 9.
@@ -862,11 +856,7 @@ def ppo_loss(
     # eq: L_pi = -min(w A, clip(w, 1 - eps, 1 + eps) A)
     policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
     # eq: L_V = (V - R)^2 / 2
-    value_error = (values - returns) ** 2
-    if clip_vloss:
-        clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-        value_error = torch.max(value_error, (clipped - returns) ** 2)
-    value_loss = 0.5 * value_error.mean()
+    value_loss = 0.5 * ((values - returns) ** 2).mean()
     # eq: L = L_pi + c_v L_V - c_e H
     loss = policy_loss + vf_coef * value_loss - ent_coef * entropy.mean()
     with torch.no_grad():
@@ -885,9 +875,7 @@ def ppo_loss(
 def normalize_advantages(advantages: torch.Tensor, world: World) -> torch.Tensor:
     """Zero mean, unit std over the minibatch's rows on all processes; a single row stays as it is."""
     a = advantages.double()
-    sums = [torch.stack([torch.full_like(a.sum(), len(a)), a.sum(), (a**2).sum()])]
-    world.all_sum(sums)
-    n, total, squares = sums[0]
+    n, total, squares = world.total(torch.stack([torch.full_like(a.sum(), len(a)), a.sum(), (a**2).sum()]))
     if n < 2:
         return advantages
     # eq: A <- (A - mean A) / (std A + 1e-8)
@@ -926,8 +914,8 @@ def update(
             logprobs, entropy, noisy = chain_logprobs(agent, look, mb["chain"], mb["first"], mask, args)
             advantages = normalize_advantages(mb["advantages"], world) if args.norm_adv else mb["advantages"]
             loss, metrics = ppo_loss(
-                logprobs, mb["logprobs"], advantages, entropy, agent.value(mb["condition"]), mb["values"], mb["returns"],
-                clip_coef=args.clip_coef, clip_vloss=args.clip_vloss, ent_coef=args.ent_coef, vf_coef=args.vf_coef,
+                logprobs, mb["logprobs"], advantages, entropy, agent.value(mb["condition"]), mb["returns"],
+                clip_coef=args.clip_coef, ent_coef=args.ent_coef, vf_coef=args.vf_coef,
             )  # fmt: skip
             if args.anchor != "none":
                 anchor = anchor_loss(agent, look, mb, noisy, mask, args)
@@ -1074,13 +1062,6 @@ def chunk_advantages(rewards: torch.Tensor, values, next_values, batch: dict, ar
 # ---- 6. Evaluate and record ------------------------------------------------------------------------------------------
 
 
-def wilson(correct: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson score)."""
-    z, p = 1.96, correct / n
-    center, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return (center - half) / (1 + z**2 / n), (center + half) / (1 + z**2 / n)
-
-
 @torch.no_grad()
 def play_episodes(
     agent: Agent, group: Group, adapter: Adapter, ids: torch.Tensor, args: Args, seeds: list[int]
@@ -1110,7 +1091,7 @@ def summary(episodes: list[dict], prefix: str) -> dict[str, float]:
     n, mean = len(episodes), lambda key: float(np.mean([e[key] for e in episodes]))
     metrics = {f"{prefix}/episodic_return": mean("return"), f"{prefix}/episodic_length": mean("length")}
     if "success" in episodes[0]:
-        low, high = wilson(sum(e["success"] for e in episodes), n)
+        low, high = wilson(sum(e["success"] for e in episodes), n, z=1.96)
         metrics |= {
             f"{prefix}/success_rate": mean("success"),
             f"{prefix}/success_rate_low": low,
@@ -1164,13 +1145,13 @@ def record_video(
 
 def resolve(args: Args) -> Args:
     """Fills in what depends on the task."""
-    recipe = RECIPES.get(task_of(args.env_id), {})
+    recipe = RECIPES.get(fetch.task_of(args.env_id), {})
     return replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
 
 
 def check(args: Args, world: World) -> None:
     """Everything that can be wrong with the flags, before anything is built."""
-    if task_of(args.env_id) not in RECIPES or not args.env_id.endswith("-v4"):
+    if fetch.task_of(args.env_id) not in RECIPES or not args.env_id.endswith("-v4"):
         fail(f"--env-id {args.env_id}: demonstrations exist of {', '.join(f'{task}-v4' for task in RECIPES)}")
     fetch.import_robotics()
     names = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden", "env_groups", "eval_episodes")
@@ -1287,18 +1268,6 @@ def fine_tune_start(args: Args, run_dir: Path, say) -> Args:
         fail(f"the starting policy could not be made: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     (folder,) = (run_dir / "start" / "gr00t_finetune").iterdir()
     return replace(args, model_path=str(folder))
-
-
-def video_off() -> str | None:
-    """Picks the off-screen renderer, before the first frame. Returns why there is none."""
-    from ctypes.util import find_library
-
-    if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ:
-        found = next((name for name in ("EGL", "OSMesa") if find_library(name)), None)
-        if found is None:
-            return "neither EGL nor OSMesa is installed (Debian: apt-get install libegl1 libgl1 libgl1-mesa-dri)"
-        os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = found.lower()
-    return None
 
 
 def prompt(instruction: str, views: int, image_tokens: int, form: str = "plain") -> str:
@@ -1468,7 +1437,7 @@ def run(
         nonlocal no_video
         if no_video or not world.main:
             return
-        no_video = video_off() or ""
+        no_video = no_renderer()
         try:
             if not no_video:
                 path, beside = run_dir / "videos" / f"step-{step:09d}.mp4", before if before.exists() else None

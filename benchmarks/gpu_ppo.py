@@ -23,7 +23,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ppo_fetch as p
-from common.run import World, parse, setup_world
+from common.cli import parse
+from common.parallel import World, join_world
 
 OBS_DIM, ACTION_DIM = 37, 4  # FetchPush, --observation-mode delta
 
@@ -89,7 +90,8 @@ def measure(width: int, amp: str, compiled: bool, flags: Args, world: World) -> 
             torch.cuda.synchronize()
         return (time.perf_counter() - start) / rounds
 
-    update_s = timed(lambda: p.update(agent, optimizer, scaler, batch, args, generator, world), flags.rounds)
+    loss_of = torch.compile(p.minibatch_loss) if compiled else p.minibatch_loss
+    update_s = timed(lambda: p.update(agent, loss_of, optimizer, scaler, batch, args, generator, world), flags.rounds)
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
     act_s = timed(lambda: act(x), 20)
     steps, rows = args.update_epochs * args.num_minibatches, args.num_envs * args.num_steps
@@ -100,7 +102,7 @@ def measure(width: int, amp: str, compiled: bool, flags: Args, world: World) -> 
 
 
 def main(flags: Args) -> None:
-    world = setup_world(flags.device)
+    world = join_world(flags.device)
     torch.set_num_threads(1)  # ppo_fetch.py's defaults: one thread of torch, deterministic kernels
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

@@ -86,9 +86,9 @@ def unsaved_statistics():
 def stale_normaliser():
     """The statistics move between acting and learning: stored log-probs are those of a stale normaliser."""
 
-    def update(agent, optimizer, scaler, batch, *rest):
+    def update(agent, loss_of, optimizer, scaler, batch, *rest):
         agent.statistics.update(batch["obs"].flatten(0, 1))
-        return real_update(agent, optimizer, scaler, batch, *rest)
+        return real_update(agent, loss_of, optimizer, scaler, batch, *rest)
 
     ppo_fetch.update = update
 
@@ -101,7 +101,6 @@ FLAGS = {  # not mistakes, but choices of this script that matter
     "no_target_kl": ["--target-kl", "0"],
     "no_obs_statistics": ["--no-normalize-obs"],
     "no_reward_scaling": ["--no-scale-rewards"],
-    "value_clipping": ["--clip-vloss"],
 }
 VARIANTS = {"none": None} | {patch.__name__: patch for patch in PATCHES} | dict.fromkeys(FLAGS)
 

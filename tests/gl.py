@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 CODE = """
-import ppo_fetch
-why = ppo_fetch.video_off()
+from common.video import no_renderer
+why = no_renderer()
 assert not why, why
 import gymnasium as gym
 from common.robot import fetch

@@ -21,6 +21,7 @@ from common.robot import fetch
 from common.robot.data_configs import DATA_CONFIGS
 from common.robot.gr00t_n15 import GR00T, GR00TConfig
 from common.run import parse
+from common.video import no_renderer
 from ppo_gr00t import Args, FeatureCache
 
 SMALL = dict(dit_layers=2, dit_heads=2, dit_head_dim=8, vl_heads=2, vl_head_dim=8, hidden_size=16, num_future_tokens=2)
@@ -223,7 +224,7 @@ def test_groups_that_overlap_collect_what_one_does(policies):
 
 def test_a_model_with_a_camera_looks_at_rendered_frames_and_learns_from_the_cache(policies):
     args, config, stored = resolved(policies["tiny"], num_envs=2, num_steps=2, env_groups=1, num_minibatches=1)
-    if why := p.video_off():
+    if why := no_renderer():
         pytest.skip(why)
     agent, adapter, ids, _ = p.load_agent(args, config, stored, torch.device("cpu"))
     p.set_trainable(agent.model, {}, args, 1)

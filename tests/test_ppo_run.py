@@ -19,7 +19,8 @@ from test_docs import documented_metrics
 from test_ppo_math import WORLD
 
 import ppo_fetch
-from common.run import parse
+from common.cli import parse
+from common.robot import fetch, sim
 from ppo_fetch import Agent, Args, Group, features, finish_step, gae, rollout
 
 FETCH = dict(  # FetchReach, 4 iterations of 8 x 10 steps
@@ -202,8 +203,7 @@ def test_both_autoreset_modes_give_the_same_advantages():
     agent = Agent(3, RandomWalk.action_space, args)
     collected = {}
     for mode in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
-        group = Group(SyncVectorEnv([RandomWalk] * 3, autoreset_mode=mode), slice(0, 3))
-        group.begin([1, 2, 3], args)
+        group = Group(SyncVectorEnv([RandomWalk] * 3, autoreset_mode=mode), slice(0, 3), [1, 2, 3], args)
         batch, _ = rollout(agent, [group], args, torch.Generator().manual_seed(0), WORLD)
         with torch.no_grad():
             values, next_values = agent.value(batch["obs"]), agent.value(batch["next_obs"])
@@ -234,8 +234,7 @@ def test_the_value_after_a_time_limit_is_that_of_the_last_observation():
             return np.array([1e3 if self.t == 0 else 0.0, self.t, 0.0], np.float32)
 
     args = replace(ppo_fetch.resolve(replace(Args(), env_id="Walk-v0")), num_envs=2, num_steps=40, hidden=8)
-    group = Group(SyncVectorEnv([Jackpot] * 2, autoreset_mode=AutoresetMode.SAME_STEP), slice(0, 2))
-    group.begin([0, 1], args)
+    group = Group(SyncVectorEnv([Jackpot] * 2, autoreset_mode=AutoresetMode.SAME_STEP), slice(0, 2), [0, 1], args)
     batch, _ = rollout(Agent(3, RandomWalk.action_space, args), [group], args, torch.Generator().manual_seed(0), WORLD)
     assert batch["dones"].sum() > 5
     assert batch["next_obs"][..., 0].max() == 0 and batch["obs"][1:][batch["dones"][:-1]][:, 0].min() == 1e3
@@ -246,9 +245,8 @@ def test_the_value_after_a_time_limit_is_that_of_the_last_observation():
 
 def collect(args: Args, backend: str, groups: int = 1, seed=0):
     torch.manual_seed(seed)
-    n = args.num_envs // groups
-    made = [Group(ppo_fetch.make_envs(args, n, backend), slice(i * n, (i + 1) * n)) for i in range(groups)]
-    ppo_fetch.reset_groups(made, args, 0)
+    args = replace(args, env_backend=backend, env_groups=groups)
+    made = ppo_fetch.make_groups(args, WORLD)
     agent = Agent(made[0].x.shape[1], made[0].envs.single_action_space, args)
     return rollout(agent, made, args, torch.Generator().manual_seed(0), WORLD)
 
@@ -280,26 +278,22 @@ def test_groups_that_overlap_collect_the_same_bits_as_one():
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-6)  # a matrix product may round by its batch size
 
 
-def test_shaping_telescopes_over_an_episode():
+def test_shaping_telescopes_over_an_episode(monkeypatch):
     """With g = 1 an episode's shaping adds up to k (Phi(end) - Phi(start)), whatever happens in between."""
-    from common.robot import fetch
-
-    args = reach_args(env_id="FetchPush-v4", reward_mode="shaped", success_reward=0.0)
-    envs = ppo_fetch.make_envs(args, 4, "native")
-    group = Group(envs, slice(0, 4))
-    group.begin([1, 2, 3, 4], args)
+    monkeypatch.setattr(ppo_fetch, "SUCCESS_REWARD", 0.0)
+    args = reach_args(env_id="FetchPush-v4", reward_mode="shaped")
+    group = Group(sim.make_envs(args, 4, "native"), slice(0, 4), [1, 2, 3, 4], args)
     start, episodes = group.potential.copy(), []
-    out = {key: np.zeros(4) for key in ("rewards", "terminations", "dones")} | {"valid": np.ones(4, bool)}
-    out["next_obs"] = np.zeros_like(group.x)
     rng = np.random.default_rng(0)
     for _ in range(50):
-        before = group.obs
-        group.start(rng.uniform(-1, 1, (4, 4)))
-        finish_step(group, out, args, episodes)
-    assert before is not group.obs
-    final = out["next_obs"]  # delta observations: state 25, achieved 3, goal 3, ...
+        before = group.x
+        group.wait = sim.start(group.envs, rng.uniform(-1, 1, (4, 4)))
+        transition, ended = finish_step(group, args)
+        episodes += ended
+    assert not np.array_equal(before, group.x)
+    final = transition["next_obs"]  # delta observations: state 25, achieved 3, goal 3, ...
     end = {"observation": final[:, :25], "achieved_goal": final[:, 25:28], "desired_goal": final[:, 28:31]}
-    expected = args.shaping * (fetch.potential(end, "FetchPush") - start)
+    expected = ppo_fetch.SHAPING * (fetch.potential(end, "FetchPush") - start)
     np.testing.assert_allclose([e["return"] for e in episodes], expected, atol=1e-4)
 
 

@@ -34,6 +34,11 @@ def is_fetch(env_id: str) -> bool:
     return env_id.removesuffix("-v4").removesuffix("Dense") in TASKS
 
 
+def task_of(env_id: str) -> str:
+    """FetchPush-v4, FetchPushDense-v4 -> FetchPush; anything but Fetch -> other."""
+    return env_id.removesuffix("-v4").removesuffix("Dense") if is_fetch(env_id) else "other"
+
+
 def import_robotics() -> None:
     """Registers gymnasium-robotics. MuJoCo 3.12 or newer, with which no Fetch task loads, ends in one line."""
     if tuple(int(part) for part in mujoco.__version__.split(".")[:2]) >= (3, 12):

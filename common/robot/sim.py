@@ -1,0 +1,228 @@
+"""Many environments at a time, whoever steps them: what gymnasium's vector API leaves to its caller.
+
+Nothing here moves a learning curve: the observations that really followed, what an episode came to, and the state of
+environments for checkpoints.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from safetensors.numpy import load_file, save_file
+
+from common.cli import at_least, fail
+from common.parallel import World
+from common.robot import fetch
+from common.run import Run, RunArgs
+
+
+@dataclass
+class SimArgs(RunArgs):
+    """Flags of scripts that learn in a simulator."""
+
+    # machine
+    device: str = "cpu"
+    """cpu, cuda or auto; the simulator is on the CPU, so a GPU is for large networks"""
+    torch_threads: int = 1
+    """CPU threads of torch; more are for large networks and minibatches"""
+    torch_deterministic: bool = True
+    """only deterministic kernels"""
+    num_threads: int | None = None
+    """threads that step physics, of each process; default: this machine's cores, shared among its processes"""
+    env_groups: int = 2
+    """groups that step by turns: one group's physics runs while the policy acts for the other; 1: no overlap"""
+
+    # evaluation
+    eval_every: int = 10
+    """iterations between evaluations, 0: only at the end"""
+    eval_episodes: int = 100
+    """episodes of an evaluation, always the same ones, without exploration"""
+    eval_seed: int = 100_000
+    """seed of the first evaluation episode"""
+    stop_success: float = 0.0
+    """end the run once three evaluations in a row have at least this success rate, 0: never"""
+    capture_video: bool = True
+    """record videos in environments of their own (needs EGL or OSMesa)"""
+    video_every: int = 0
+    """iterations between videos, 0: only at the end"""
+    video_episodes: int = 2
+    """episodes in a video"""
+
+
+def set_up_torch(args: SimArgs) -> None:
+    torch.set_num_threads(args.torch_threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to be deterministic
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+
+
+def check_batch(args, batch_steps: int, world: World) -> None:
+    """The arithmetic of an iteration, which takes `batch_steps` environment steps."""
+    at_least(1, args, "num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden", "env_groups")
+    at_least(1, args, "eval_episodes", "video_episodes")
+    turn = world.size * args.env_groups
+    if args.num_envs % turn:
+        fail(
+            f"--num-envs {args.num_envs} does not divide into {world.size} process(es) x --env-groups {args.env_groups}; "
+            f"try --num-envs {max(args.num_envs // turn, 1) * turn} or --env-groups 1"
+        )
+    rows = args.num_envs * args.num_steps
+    if rows % args.num_minibatches:
+        nearest = min((k for k in range(1, rows + 1) if rows % k == 0), key=lambda k: abs(k - args.num_minibatches))
+        fail(
+            f"a batch of {args.num_envs} x {args.num_steps} = {rows} does not divide into --num-minibatches "
+            f"{args.num_minibatches}; try {nearest}"
+        )
+    if args.total_timesteps < batch_steps:
+        fail(f"--total-timesteps {args.total_timesteps} is less than one batch of {batch_steps} steps")
+
+
+def physics_threads(count: int | None) -> ThreadPoolExecutor:
+    """`count` threads, by default this process's share of the cores."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
+    return ThreadPoolExecutor(count or max(len(os.sched_getaffinity(0)) // local, 1), thread_name_prefix="fetch")
+
+
+def make_envs(args, num_envs: int, backend: str, pool: ThreadPoolExecutor | None = None, **kwargs) -> VectorEnv:
+    """`num_envs` of args.env_id that reset in the step that ends an episode (its last observation is in the infos)."""
+    if backend == "native":
+        return fetch.FetchVec(args.env_id, num_envs, args.num_threads, pool=pool)
+    if fetch.is_fetch(args.env_id):
+        fetch.import_robotics()
+    mode = "async" if backend == "gymnasium-async" else "sync"
+    same_step = {"autoreset_mode": AutoresetMode.SAME_STEP}
+    return gym.make_vec(args.env_id, num_envs, vectorization_mode=mode, vector_kwargs=same_step, **kwargs)
+
+
+def start(envs: VectorEnv, actions: np.ndarray) -> Callable[[], tuple]:
+    """Begins a step; what is returned ends it. Environments that step one after the other do so when waited for."""
+    if not hasattr(envs, "step_async"):
+        return partial(envs.step, actions)
+    envs.step_async(actions)
+    return envs.step_wait
+
+
+def successors(next_obs, infos: dict, dones: np.ndarray):
+    """The observations that really followed: `next_obs`, with `final_obs` where the episode ended in this step.
+
+    Without `final_obs` (NEXT_STEP autoreset) `next_obs` is the true successor as it is.
+    """
+    if not dones.any() or "final_obs" not in infos:
+        return next_obs
+    ended, final = np.flatnonzero(dones), infos["final_obs"]
+    if not isinstance(next_obs, dict):
+        true = next_obs.copy()
+        true[ended] = np.stack([final[i] for i in ended])
+        return true
+    true = {key: value.copy() for key, value in next_obs.items()}
+    for key in true:
+        true[key][ended] = np.stack([final[i][key] for i in ended])
+    return true
+
+
+def success_flags(infos: dict, dones: np.ndarray) -> np.ndarray | None:
+    """(N,) bool `is_success` of the step just taken, also where it ended an episode; None: the task has no such thing."""
+    now, final = infos.get("is_success"), infos.get("final_info", {}).get("is_success")
+    if now is None and final is None:
+        return None
+    now, final = (np.zeros(len(dones)) if x is None else x for x in (now, final))
+    return np.where(dones & infos.get("_final_info", np.zeros(len(dones), bool)), final, now).astype(bool)
+
+
+class Episodes:
+    """What the running episodes of n environments came to so far."""
+
+    def __init__(self, whole: np.ndarray):
+        """whole (n,) bool: began at its beginning; a part of an episode says nothing."""
+        n = len(whole)
+        self.whole, self.length, self.ret, self.once = whole, np.zeros(n, np.int64), np.zeros(n), np.zeros(n, bool)
+
+    def step(self, real: np.ndarray, rewards: np.ndarray, success: np.ndarray | None) -> None:
+        """Adds a step: rewards (n,), success (n,) bool or None, where `real` (n,) bool says that it was one."""
+        self.length += real
+        self.ret += np.where(real, rewards, 0.0)
+        if success is not None:
+            self.once |= success & real
+
+    def end(self, ended: np.ndarray, success: np.ndarray | None, distance: np.ndarray | None) -> list[dict]:
+        """Closes the episodes of `ended` (n,) bool; returns those that were whole. distance (n,): from the goal, m."""
+        found = []
+        for i in map(int, np.flatnonzero(ended)):
+            if self.whole[i]:
+                episode = {"env": i, "return": float(self.ret[i]), "length": int(self.length[i])}
+                if success is not None:
+                    episode |= {"success": bool(success[i]), "success_once": bool(self.once[i])}
+                found.append(episode | ({} if distance is None else {"final_distance": float(distance[i])}))
+            self.whole[i], self.length[i], self.ret[i], self.once[i] = True, 0, 0.0, False
+        return found
+
+
+def outcome(run: Run, state: dict, start: str) -> str:
+    """What came out of a run, beside what `start` achieves; state: its "base", "last", "steps" and "train_s"."""
+    if not run.world.main:
+        return ""
+    last, base, text = state["last"], state["base"], ""
+    if "eval/success_rate" in last:
+        low, high = last["eval/success_rate_low"], last["eval/success_rate_high"]
+        text += f"success {base['baseline/success_rate']:.3f} ({start}) -> {last['eval/success_rate']:.3f} "
+        text += f"[{low:.3f}, {high:.3f}] of {run.args.eval_episodes} episodes, "
+    if "eval/final_distance" in last:
+        text += f"final distance {100 * last['eval/final_distance']:.1f} cm, "
+    text += f"return {base['baseline/episodic_return']:.2f} -> {last['eval/episodic_return']:.2f}; "
+    return text + f"{state['steps']:,} steps in {state['train_s']:.1f} s of training, {run.log.elapsed:.0f} s in all"
+
+
+def video_row(episode: dict) -> dict:
+    """An episode as a row of the table of videos."""
+    names = {"env": "episode", "return": "episode_return", "length": "episode_length"}
+    return {names.get(key, key): value for key, value in episode.items()}
+
+
+# ---- checkpoints: a group is anything with `envs`, `episodes` and `rows`, its slice of the process's environments -----
+
+
+def save(folder: Path | None, groups: list, carry: torch.Tensor, scaler, generators: dict, world: World) -> dict:
+    """Writes envs.safetensors: all processes' simulators, episodes and discounted returns `carry` (n,).
+
+    Returns the rest for the trainer's state. Every process calls it, those that do not write with None. Gymnasium's own
+    environments cannot be saved.
+    """
+    parts, streams = [], []
+    for group in groups:
+        arrays, own = group.envs.get_state() if isinstance(group.envs, fetch.FetchVec) else ({}, [])
+        parts.append(arrays | vars(group.episodes))
+        streams += own
+    local = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} | {"carry": carry.cpu().numpy()}
+    gathered = world.gather([(local, streams)])
+    if folder is not None:
+        rows = {name: np.concatenate([part[name] for part, _ in gathered]) for name in local}
+        save_file(rows, folder / "envs.safetensors")
+    return {
+        "env_streams": [stream for _, own in gathered for stream in own],
+        "scaler": scaler.state_dict(),
+        "generators": {name: g.get_state().numpy().tobytes().hex() for name, g in generators.items()},
+    }
+
+
+def load(run: Run, state: dict, groups: list, carry: torch.Tensor, scaler, generators: dict) -> None:
+    """Restores what `save` wrote into the run's checkpoint and into its state."""
+    scaler.load_state_dict(state["scaler"])
+    for name, g in generators.items():
+        g.set_state(torch.frombuffer(bytearray.fromhex(state["generators"][name]), dtype=torch.uint8))
+    arrays = load_file(run.checkpoint / "envs.safetensors")
+    own = run.world.share(len(arrays["carry"]))
+    arrays = {name: value[own] for name, value in arrays.items()}
+    carry.copy_(torch.from_numpy(arrays["carry"]))
+    if "physics" not in arrays:
+        run.say("gymnasium's environments cannot be saved: their episodes start anew")
+        return
+    for group in groups:
+        group.envs.set_state({name: x[group.rows] for name, x in arrays.items()}, state["env_streams"][own][group.rows])
+        for name, value in vars(group.episodes).items():
+            value[:] = arrays[name][group.rows]
