@@ -1,6 +1,7 @@
 """Videos without a screen: the renderer's choice, an mp4, and a run that goes on where there is none."""
 
 import os
+import sys
 from collections.abc import Callable
 from ctypes import util
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 def no_renderer() -> str:
     """Picks the off-screen renderer, before the first frame. Returns why there is none, or nothing."""
-    if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ:
+    if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
         found = next((name for name in ("EGL", "OSMesa") if util.find_library(name)), None)
         if found is None:
             return "neither EGL nor OSMesa is installed (Debian: apt-get install libegl1 libgl1 libgl1-mesa-dri)"

@@ -1,6 +1,5 @@
 """Pages that do not lie: commands parse, links lead somewhere, the metrics table is what a run logs."""
 
-import ast
 import dataclasses
 import re
 import shlex
@@ -15,7 +14,7 @@ import grpo_arithmetic
 import grpo_mixed
 import ppo_fetch
 import ppo_gr00t
-from common.run import parse
+from common.cli import described_fields, parse
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = {
@@ -59,15 +58,9 @@ def test_stated_line_counts_hold():
 
 def test_every_flag_has_its_line_of_help():
     for name, module in SCRIPTS.items():
-        (args,) = [
-            n for n in ast.parse((ROOT / name).read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args"
-        ]
-        helped = {
-            field.target.id
-            for field, text in zip(args.body, args.body[1:])
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-        }
-        assert helped == {f.name for f in dataclasses.fields(module.Args)}
+        found = described_fields(module.Args)
+        assert found.keys() == {f.name for f in dataclasses.fields(module.Args)}, name
+        assert [flag for flag, (_, text) in found.items() if not text] == [], name
 
 
 def documented_metrics(page):

@@ -5,10 +5,6 @@ The demonstrations are recorded in this layout, and closed loop, PPO and serving
 Dims: N environments, D = 28 state numbers, 4 action numbers, H actions of a chunk.
 """
 
-import os
-import sys
-from ctypes.util import find_library
-
 import gymnasium as gym
 import mujoco
 import numpy as np
@@ -18,6 +14,7 @@ from common.cli import fail
 from common.robot.data_configs import DataConfig
 from common.robot.fetch import import_robotics
 from common.robot.policy import Interface
+from common.video import no_renderer
 
 INSTRUCTIONS = {
     "FetchReach-v4": "reach the target",
@@ -74,14 +71,8 @@ class Camera:
     """Draws simulator states of one task as the data set's front camera saw them, target marker included."""
 
     def __init__(self, env_id: str, size: int):
-        if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ and sys.platform == "linux":
-            found = next((name for name in ("EGL", "OSMesa") if find_library(name)), None)
-            if found is None:
-                fail(
-                    "no pictures without EGL or OSMesa (Debian: apt-get install libegl1 libgl1 libgl1-mesa-dri); "
-                    "--no-video records the rest"
-                )
-            os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = found.lower()
+        if why := no_renderer():
+            fail(f"no pictures: {why}; --no-video records the rest")
         import_robotics()
         self.env = gym.make(env_id, render_mode="rgb_array", width=size, height=size, default_camera_config=VIEW)
         self.env.reset(seed=0)
