@@ -26,8 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import gr00t_finetune as g
+from common.cli import parse
+from common.parallel import join_world
 from common.robot.gr00t_n15 import GR00T, GR00TConfig
-from common.run import parse, setup_world
 
 
 @dataclass
@@ -181,7 +182,7 @@ def attention_kernels(config: GR00TConfig, B: int, flags: Args, device: torch.de
 
 
 def main(flags: Args) -> None:
-    device = setup_world(flags.device).device
+    device = join_world(flags.device).device
     args = g.resolve(g.Args(model_path="nvidia/GR00T-N1.5-3B", device=flags.device))
     config = GR00TConfig()
     if flags.reduced:
@@ -196,7 +197,7 @@ def main(flags: Args) -> None:
     training(model, flags.batch_sizes, False, flags, args, device)
     head = model.action_head
     for mode in ("default", "reduce-overhead") if device.type == "cuda" else ("default",):  # the latter: CUDA graphs
-        g.compile_head(model, None if mode == "default" else mode)
+        model.compile_head(None if mode == "default" else mode)
         sampling(model, f"compiled, {mode}", flags, args, device)
         if mode == "default":
             training(model, flags.compiled_batch_sizes, True, flags, args, device)

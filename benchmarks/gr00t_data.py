@@ -15,13 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import gr00t_finetune as g
+from common.cli import parse
+from common.parallel import World
 from common.robot import lerobot
-from common.run import World, parse
+from common.robot.demonstrations import prepared
+from common.robot.gr00t_n15 import GR00T
+from common.robot.policy import Stored, model_tokenizer
+from common.robot.transforms import encode, transform_images
 
 
 @dataclass
@@ -42,11 +46,11 @@ class Args:
     """also time a training step of the tiny model"""
 
 
-def reopened(sets, data, row: int) -> tuple[dict, np.ndarray]:
+def reopened(data, row: int) -> tuple[dict, np.ndarray]:
     """What a loader without memory does: the episode's parquet file and its video up to the frame, for one item."""
     import av
 
-    episodes = sets[0]
+    episodes = data.sets[0]
     e = int(np.searchsorted(episodes.starts, row, side="right")) - 1
     frame, info = row - int(episodes.starts[e]), episodes.info
     place = dict(episode_chunk=episodes.ids[e] // info["chunks_size"], episode_index=episodes.ids[e])
@@ -57,7 +61,7 @@ def reopened(sets, data, row: int) -> tuple[dict, np.ndarray]:
         keys = getattr(data.config, kind)
         where = {key: episodes.modality[kind][key] for key in keys}
         raw[kind] = {key: columns[w["column"]][at, w["start"] : w["end"]] for key, w in where.items()}
-        raw[kind] = g.encode(kind, raw[kind], data.config, data.metadata)
+        raw[kind] = encode(kind, raw[kind], data.config, data.metadata)
     views = []
     for video in data.config.video:
         path = episodes.path / info["video_path"].format(**place, video_key=episodes.modality["video"][video])
@@ -86,41 +90,38 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as cache:
         settings = g.Args(dataset_path=(args.dataset_path,), data_config=args.data_config, cache_dir=cache)
         settings = g.resolve(g.replace(settings, batch_size=args.batch_size, max_steps=10_000))
-        settings, sets, data, _ = g.prepare_data(settings, {"metadata": {}}, lambda text: None)
+        settings, data, _ = g.read_data(settings, Stored("tiny"), lambda text: None)
         start = time.perf_counter()
-        g.attach_frames(data, sets, [list(range(len(sets[0].ids)))], settings, args.size)
+        data.open_frames(data.episodes, Path(cache), settings.cache_side)
         print(f"{len(data.end):,} frames decoded into the cache in {time.perf_counter() - start:.1f} s, once")
-        model = g.load_model(g.replace(settings, model_path="tiny"), torch.device("cpu"))
-        tokenizer = g.load_tokenizer(str(g.ROOT / "assets" / "tiny-qwen2"), model.config.image_token_index)
-        g.attach_prompts(data, tokenizer, model.config.tokens_per_image, "plain")
+        model = GR00T.toy(g.FRESH["tiny"]())
+        data.interface.prepare(model.config, model_tokenizer(model.config), data.instructions)
+        data.interface.image_size = args.size
+        samples = g.Samples(data, model.config, settings.seed)
         rng = np.random.default_rng(0)
         few, many = (rng.integers(0, len(data.end), n) for n in (args.items, 10 * args.items))
         for row in few[:5]:  # the same pictures
-            assert (reopened(sets, data, int(row))[1] == data.frames(int(row))).all(), f"row {row}: another frame"
+            assert (reopened(data, int(row))[1] == data.frames(int(row))).all(), f"row {row}: another frame"
 
         def item(row: int) -> None:
-            data[g.Plan(np.array([row]), np.array([row]), 0, augment=True)]
+            samples[g.Plan(np.array([row]), np.array([row]), augment=True)]
 
         def reopened_item(row: int) -> None:
-            g.transform_images(reopened(sets, data, row)[1], args.size, data.rng(0, row))
+            transform_images(reopened(data, row)[1], args.size, g.draw_rng(0, 0, row))
 
         def read(row: int) -> None:
             data.frames(row), data.state[row], data.actions(np.array([row]))
 
         for name, ours, theirs in (
-            ("read", read, lambda row: reopened(sets, data, row)),
+            ("read", read, lambda row: reopened(data, row)),
             ("whole item", item, reopened_item),
         ):
             a, b = rate(ours, many), rate(theirs, few)
             print(f"{name:12s} cached {a:9.0f} items/s   reopening {b:7.0f} items/s   ratio {a / b:7.1f}")
 
-        order = g.Order(data, np.arange(len(data.end)), np.ones(1), settings)
-        plans = g.plans(order, data, settings, World(0, 1, torch.device("cpu")), 1)
-        loader = DataLoader(
-            data, sampler=plans, batch_size=None, num_workers=args.workers, prefetch_factor=4,
-            worker_init_fn=g.one_thread,
-        )  # fmt: skip
-        batches = iter(loader)
+        order = g.Order(data, np.arange(len(data.end)), settings)
+        plans = g.plans(order, data, settings, World(0, 1, torch.device("cpu")), 0)
+        batches = prepared(samples, plans, args.workers, torch.device("cpu"))
         for _ in range(10):
             next(batches)
         start = time.perf_counter()
@@ -128,7 +129,7 @@ def main(args: Args) -> None:
             batch = next(batches)
         loaded = 30 * args.batch_size / (time.perf_counter() - start)
         print(f"{args.workers} workers: {loaded:.0f} samples/s in batches of {args.batch_size}")
-        del batches, loader
+        del batches
         if args.train:
             if args.size != model.config.image_size:
                 print(f"the tiny model has images of {model.config.image_size}: give --size {model.config.image_size}")

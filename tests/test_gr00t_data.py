@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT
-from torch.utils.data import DataLoader
 
 import gr00t_finetune as g
-from common.robot import lerobot, transforms
+from common.robot import demonstrations, lerobot, transforms
 from common.robot.data_configs import DATA_CONFIGS, DataConfig, check_keys, find_data_config, modes
+from common.robot.demonstrations import Demonstrations
+from common.robot.gr00t_n15 import GR00TConfig
 from common.run import World
-from gr00t_finetune import Args, Demonstrations, Order, Plan
+from gr00t_finetune import Args, Order, Plan, Samples
 
 SHARED = ROOT.parent / "shared" / "data"
 DEMO, PARITY = SHARED / "robot_sim.PickNPlace", SHARED / "gr00t_parity" / "data_demo.json"
@@ -88,20 +89,31 @@ def folder(tmp_path_factory):
     return write_set(tmp_path_factory.mktemp("lerobot") / "robot")
 
 
-def load(folders, config=CONFIG, **flags) -> tuple[list, Demonstrations, Args]:
+def load(folders, config=CONFIG, **flags) -> tuple[Demonstrations, Args]:
     folders = [folders] if isinstance(folders, Path) else folders
     args = Args(data_config="test", seed=3, max_steps=100, batch_size=8, **flags)
-    sets = g.read_mixture(folders, config, args, lambda text: None)
-    metadata = g.make_metadata(sets, config, g.set_weights(sets, True), "new_embodiment")
-    data = Demonstrations(sets, config, metadata, 31, 3)
-    data.prompts, data.pad_id = [np.arange(5 + i) for i in range(len(data.instructions))], 99
-    return sets, data, args
+    sets = demonstrations.read_mixture(folders, config, "test", lambda text: None)
+    metadata = demonstrations.make_metadata(sets, config, g.set_weights(sets, args), "new_embodiment")
+    data = Demonstrations(sets, config, metadata, 31)
+    data.interface.prompts = {text: np.arange(5 + i) for i, text in enumerate(data.instructions)}
+    data.interface.pad_id = 99
+    return data, args
+
+
+def open_frames(data: Demonstrations, args: Args, positions, size: int) -> None:
+    """The frames of these episodes of every data set."""
+    data.interface.image_size = size
+    data.open_frames([e for e in data.episodes if e.position in positions], Path(args.cache_dir), args.cache_side)
+
+
+def samples_of(data: Demonstrations) -> Samples:
+    return Samples(data, GR00TConfig(), 3)
 
 
 @pytest.fixture(scope="module")
 def data(folder, tmp_path_factory):
-    sets, data, args = load(folder, cache_dir=str(tmp_path_factory.mktemp("cache")))
-    g.attach_frames(data, sets, [[0, 1, 2, 3]], args, 28)
+    data, args = load(folder, cache_dir=str(tmp_path_factory.mktemp("cache")))
+    open_frames(data, args, range(4), 28)
     return data
 
 
@@ -111,11 +123,11 @@ def data(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     config = DATA_CONFIGS["fourier_gr1_arms_only"]
-    sets, data, args = load(DEMO, config, cache_dir=str(tmp_path_factory.mktemp("demo")))
-    g.attach_frames(data, sets, [[0, 2, 4]], args, 224)
-    tokenizer = g.load_tokenizer(str(SHARED / "eagle_tokenizer"), 151669)
-    g.attach_prompts(data, tokenizer, 256, "plain")
-    return sets[0], data, config, tokenizer, json.loads(PARITY.read_text())
+    data, args = load(DEMO, config, cache_dir=str(tmp_path_factory.mktemp("demo")))
+    open_frames(data, args, [0, 2, 4], 224)
+    tokenizer = transforms.load_tokenizer(str(SHARED / "eagle_tokenizer"), 151669)
+    data.interface.prepare(GR00TConfig(), tokenizer, data.instructions)
+    return data.sets[0], data, config, tokenizer, json.loads(PARITY.read_text())
 
 
 @parity
@@ -123,18 +135,22 @@ def test_parity_of_items_with_the_reference(demo):
     episodes, data, config, tokenizer, fixture = demo
     for item in fixture["items"]:
         row = int(episodes.starts[item["episode"]]) + item["frame"]
-        raw = {kind: g.raw_columns(episodes, kind, config) for kind in ("state", "action")}
-        state = g.pad(g.encode("state", {k: v[[row]] for k, v in raw["state"].items()}, config, data.metadata), 64)
+        raw = {kind: demonstrations.raw_columns(episodes, kind, config) for kind in ("state", "action")}
+        state = transforms.pad(
+            transforms.encode("state", {k: v[[row]] for k, v in raw["state"].items()}, config, data.metadata), 64
+        )
         rows = np.minimum(row + np.arange(16), episodes.starts[item["episode"] + 1] - 1)
-        action = g.pad(g.encode("action", {k: v[rows] for k, v in raw["action"].items()}, config, data.metadata), 32)
+        action = transforms.pad(
+            transforms.encode("action", {k: v[rows] for k, v in raw["action"].items()}, config, data.metadata), 32
+        )
         assert np.abs(state - item["state"]).max() <= 1e-12 and np.abs(action - item["action"]).max() <= 1e-12
-        batch = data[Plan(np.array([row]), np.array([0]), 0)]
+        batch = samples_of(data)[Plan(np.array([row]), np.array([0]), 0)]
         assert np.abs(batch["state"][0].numpy() - item["state"]).max() < 1e-7  # float32 of the same
         assert np.abs(batch["action"][0].numpy() - item["action"]).max() < 1e-7
         assert batch["action_mask"][0].tolist() == item["action_mask"]
         assert batch["eagle_input_ids"][0].tolist() == item["input_ids"] and batch["eagle_attention_mask"].all()
         assert data.instructions[data.text[row]] == item["language"]
-        bracketed = tokenizer(g.prompt(item["language"], 1, 256, "bracketed")).input_ids
+        bracketed = tokenizer(transforms.prompt(item["language"], 1, 256, "bracketed")).input_ids
         assert bracketed == item["input_ids_bracketed_inference_form"]
 
 
@@ -148,7 +164,7 @@ def test_parity_of_images_with_the_reference(demo):
         row = int(episodes.starts[item["episode"]]) + item["frame"]
         name = f"episode{item['episode']}_frame{item['frame']}"
         assert (data.frames(row)[0] == stored[f"{name}.decoded"]).all()
-        image = g.transform_images(stored[f"{name}.decoded"][None], 224)[0].permute(1, 2, 0).numpy()
+        image = transforms.transform_images(stored[f"{name}.decoded"][None], 224)[0].permute(1, 2, 0).numpy()
         off = np.abs(image.astype(int) - stored[f"{name}.image"])
         assert off.max() <= 1 and (off == 0).mean() >= 0.98  # bit-equal with the fixture's torch version
 
@@ -160,11 +176,11 @@ def test_parity_of_normalisation_modes_with_the_reference(demo):
         kind, key = name.split(".")
         stats = data.metadata["statistics"][kind][key]
         for mode in ("min_max", "q99", "mean_std", "binary"):
-            y = g.normalize(np.array(entry["raw"]), mode, stats)
+            y = transforms.normalize(np.array(entry["raw"]), mode, stats)
             assert np.abs(y - entry[mode]["forward"]).max() <= 1e-12
-            assert np.abs(g.unnormalize(y, mode, stats) - entry[mode]["inverse_of_forward"]).max() <= 1e-12
+            assert np.abs(transforms.unnormalize(y, mode, stats) - entry[mode]["inverse_of_forward"]).max() <= 1e-12
     case = fixture["unnormalise_action"]
-    raw = g.decode_actions(np.array(case["normalised_action"], dtype=np.float32), config, data.metadata)
+    raw = transforms.decode_actions(np.array(case["normalised_action"], dtype=np.float32), config, data.metadata)
     for name, expected in case["raw"].items():
         assert np.abs(raw[name.split(".")[1]] - expected).max() <= 1e-6
 
@@ -199,17 +215,17 @@ STATS = {"min": [0.0, -2.0, 5.0], "max": [4.0, 2.0, 5.0], "mean": [1.0, 0.0, 5.0
 )
 def test_normalisation_by_hand(mode, expected):
     x = np.array([3.0, 3.0, 7.0])
-    assert g.normalize(x, mode, STATS).tolist() == expected
+    assert transforms.normalize(x, mode, STATS).tolist() == expected
     if mode in ("mean_std", None):
-        back = g.unnormalize(g.normalize(x, mode, STATS), mode, STATS)
+        back = transforms.unnormalize(transforms.normalize(x, mode, STATS), mode, STATS)
         assert np.allclose(back[:2], x[:2])
-    assert g.normalize(np.array([0.0, np.pi / 2]), "sin_cos", {}).round(12).tolist() == [0, 1, 1, 0]
+    assert transforms.normalize(np.array([0.0, np.pi / 2]), "sin_cos", {}).round(12).tolist() == [0, 1, 1, 0]
 
 
 def test_min_max_actions_come_back_and_constant_joints_stay_at_their_value(data):
     rows = np.array([3, 25])
     codes = data.actions(rows)[..., : data.dims].astype(np.float64)
-    raw = np.concatenate(list(g.decode_actions(codes, data.config, data.metadata).values()), axis=-1)
+    raw = np.concatenate(list(transforms.decode_actions(codes, data.config, data.metadata).values()), axis=-1)
     assert np.allclose(raw[:, 0], data.raw_action[rows], atol=1e-5)
     assert (codes[..., 7] == 0).all() and np.allclose(raw[..., 7], 0.5)  # the gripper never moves
 
@@ -240,26 +256,26 @@ def test_converted_rotations_use_fixed_bounds_and_come_back():
     entry = {"rotation_type": "quaternion", "absolute": True, "shape": [4], "continuous": True}
     metadata = {"modalities": {"action": {"turn": entry}}, "statistics": {"action": {}}}
     q = np.array([[np.sqrt(0.5), np.sqrt(0.5), 0, 0]])
-    code = g.encode("action", {"turn": q}, config, metadata)
+    code = transforms.encode("action", {"turn": q}, config, metadata)
     assert np.allclose(code, [[0.5, 0, 0]])  # pi / 2 of pi
-    assert np.allclose(g.decode_actions(code, config, metadata)["turn"], q)
+    assert np.allclose(transforms.decode_actions(code, config, metadata)["turn"], q)
 
 
 def test_past_the_end_absolute_actions_repeat_and_relative_ones_are_zero(data):
-    last = data.episodes[0]["end"] - 1
+    last = data.episodes[0].end - 1
     action = data.actions(np.array([last]))[0]
-    raw = g.decode_actions(action[:, : data.dims].astype(np.float64), data.config, data.metadata)
+    raw = transforms.decode_actions(action[:, : data.dims].astype(np.float64), data.config, data.metadata)
     assert (action[1:, :8] == action[0, :8]).all()
     assert np.abs(raw["speed"][1:]).max() < 1e-6 and np.abs(raw["speed"][0]).max() > 1e-3
-    batch = data[Plan(np.array([last]), np.array([0]), 0)]
+    batch = samples_of(data)[Plan(np.array([last]), np.array([0]), 0)]
     assert batch["action_mask"][0, :, :10].all() and not batch["action_mask"][0, :, 10:].any()  # steps: all valid
 
 
 def test_statistics_of_a_mixture_are_those_of_its_rows(folder, tmp_path):
     other = write_set(tmp_path / "other", lengths=(25, 31), seed=5, video=False)
     config = DataConfig((), CONFIG.state, CONFIG.action, "task")
-    sets, both, _ = load([folder, other], config)
-    rows = np.concatenate([e.columns["observation.state"] for e in sets])
+    both, _ = load([folder, other], config)
+    rows = np.concatenate([e.columns["observation.state"] for e in both.sets])
     merged, pooled = both.metadata["statistics"]["state"]["arm"], lerobot.column_statistics(rows[:, :7])
     for name in ("min", "max", "mean", "std"):
         assert np.allclose(merged[name], pooled[name], atol=1e-6)
@@ -286,36 +302,36 @@ def test_a_config_without_state_is_refused(capsys):
 def test_evaluation_crops_the_centre_and_training_crops_anywhere():
     frame = np.zeros((1, 256, 256, 3), np.uint8)
     frame[0, :, :, 0] = np.arange(256)  # a ramp from left to right
-    ramp = g.transform_images(frame, 243)[0, 0, 0].tolist()
+    ramp = transforms.transform_images(frame, 243)[0, 0, 0].tolist()
     assert (
         ramp == [n - (n / 255 * 255 < n) for n in range(6, 249)]
         or np.abs(np.array(ramp) - np.arange(6, 249)).max() <= 1
     )
-    lefts = {int(g.transform_images(frame, 243, np.random.default_rng(n)).shape[-1]) for n in range(3)}
+    lefts = {int(transforms.transform_images(frame, 243, np.random.default_rng(n)).shape[-1]) for n in range(3)}
     assert lefts == {243}
     wide = torch.zeros(1, 480, 640, 3, dtype=torch.uint8).numpy()
-    assert g.transform_images(wide, 224).shape == (1, 3, 224, 224)
-    assert (int(g.CROP * 480), int(g.CROP * 640)) == (456, 608)
+    assert transforms.transform_images(wide, 224).shape == (1, 3, 224, 224)
+    assert (int(transforms.CROP * 480), int(transforms.CROP * 640)) == (456, 608)
 
 
 def test_one_draw_of_crop_and_colour_for_all_cameras():
     frames = np.random.default_rng(0).integers(0, 255, (1, 40, 40, 3), dtype=np.uint8).repeat(2, axis=0)
-    first, second = g.transform_images(frames, 28, np.random.default_rng(7))
+    first, second = transforms.transform_images(frames, 28, np.random.default_rng(7))
     assert (first == second).all()
-    assert (first != g.transform_images(frames, 28, np.random.default_rng(8))[0]).any()
-    assert (first != g.transform_images(frames, 28)[0]).any()
+    assert (first != transforms.transform_images(frames, 28, np.random.default_rng(8))[0]).any()
+    assert (first != transforms.transform_images(frames, 28)[0]).any()
 
 
 def test_hue_turns_a_third_of_the_circle_from_red_to_green_and_leaves_gray_alone():
     x = torch.tensor([1.0, 0.2, 0.1])[None, :, None, None]
-    assert torch.allclose(g.shift_hue(x, 1 / 3).flatten(), torch.tensor([0.1, 1.0, 0.2]), atol=1e-6)
-    assert torch.allclose(g.shift_hue(x, 0.0), x, atol=1e-6)
+    assert torch.allclose(transforms.shift_hue(x, 1 / 3).flatten(), torch.tensor([0.1, 1.0, 0.2]), atol=1e-6)
+    assert torch.allclose(transforms.shift_hue(x, 0.0), x, atol=1e-6)
     flat = torch.full((1, 3, 2, 2), 0.4)
-    assert torch.allclose(g.shift_hue(flat, 0.2), flat)
+    assert torch.allclose(transforms.shift_hue(flat, 0.2), flat)
     import colorsys
 
     rgb = torch.rand(1, 3, 1, 20, generator=torch.Generator().manual_seed(0))
-    shifted = g.shift_hue(rgb, 0.07)[0, :, 0].T.tolist()
+    shifted = transforms.shift_hue(rgb, 0.07)[0, :, 0].T.tolist()
     for before, after in zip(rgb[0, :, 0].T.tolist(), shifted):
         h, s, v = colorsys.rgb_to_hsv(*before)
         assert np.allclose(colorsys.hsv_to_rgb((h + 0.07) % 1, s, v), after, atol=1e-5)
@@ -324,29 +340,29 @@ def test_hue_turns_a_third_of_the_circle_from_red_to_green_and_leaves_gray_alone
 def test_jitter_stays_in_range_and_averages_to_the_picture():
     x = torch.full((1, 3, 8, 8), 0.5)
     x[:, 0] = 0.6
-    out = torch.stack([g.jitter(x.clone(), np.random.default_rng(n)) for n in range(300)])
+    out = torch.stack([transforms.jitter(x.clone(), np.random.default_rng(n)) for n in range(300)])
     assert out.min() >= 0 and out.max() <= 1 and (out.mean((0, 1, 3, 4)) - x.mean((0, 2, 3))).abs().max() < 0.03
 
 
 def test_prompt_text():
-    text = g.prompt("lift it", 2, 3)
+    text = transforms.prompt("lift it", 2, 3)
     images = "<image 1><img>" + 3 * "<IMG_CONTEXT>" + "</img><image 2><img>" + 3 * "<IMG_CONTEXT>" + "</img>"
     assert text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         f"<|im_start|>user\n{images}lift it<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert "['lift it']" in g.prompt("lift it", 1, 3, "bracketed")
+    assert "['lift it']" in transforms.prompt("lift it", 1, 3, "bracketed")
 
 
 def test_bundled_tokenizer_gets_the_image_tokens_behind_its_own():
-    tokenizer = g.load_tokenizer(str(ROOT / "assets/tiny-qwen2"), 259)
-    ids = tokenizer(g.prompt("lift it", 1, 4)).input_ids
+    tokenizer = transforms.load_tokenizer(str(ROOT / "assets/tiny-qwen2"), 259)
+    ids = tokenizer(transforms.prompt("lift it", 1, 4)).input_ids
     assert ids.count(259) == 4 and ids[0] == 257 and max(ids) < 272
 
 
 def test_prompts_of_different_length_are_padded_on_the_left(data):
     rows = np.array([0, 20])  # tasks 0 and 1, prompts of 5 and 6 tokens
-    batch = data[Plan(rows, rows, 8)]
+    batch = samples_of(data)[Plan(rows, rows, 8)]
     assert batch["eagle_input_ids"].tolist() == [[99, 99, 99, 0, 1, 2, 3, 4], [99, 99, 0, 1, 2, 3, 4, 5]]
     assert batch["eagle_attention_mask"].tolist() == [[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]]
 
@@ -356,7 +372,7 @@ def test_prompts_of_different_length_are_padded_on_the_left(data):
 
 def test_every_epoch_takes_each_row_once_in_another_order(data):
     rows = np.arange(5, 60)
-    order = Order(data, rows, np.ones(1), Args(seed=1))
+    order = Order(data, rows, Args(seed=1))
     first, second = ([order.row(i) for i in range(e * 55, (e + 1) * 55)] for e in range(2))
     assert sorted(first) == sorted(second) == rows.tolist() and first != second
     assert [order.row(i) for i in range(55)] == first  # a function of the draw's number: a run can go on anywhere
@@ -365,9 +381,9 @@ def test_every_epoch_takes_each_row_once_in_another_order(data):
 @pytest.mark.parametrize("by_set, by_frame", [(True, True), (False, True), (True, False)])
 def test_mixtures_are_drawn_by_their_weights(folder, tmp_path, by_set, by_frame):
     other = write_set(tmp_path / "other", lengths=(10, 30), video=False)
-    sets, both, args = load([folder, other], DataConfig((), CONFIG.state, CONFIG.action, "task"))
-    args = g.replace(args, balance_trajectory_weights=by_frame)
-    order = Order(both, np.arange(len(both.end)), g.set_weights(sets, by_set), args)
+    both, args = load([folder, other], DataConfig((), CONFIG.state, CONFIG.action, "task"))
+    args = g.replace(args, balance_dataset_weights=by_set, balance_trajectory_weights=by_frame)
+    order = Order(both, np.arange(len(both.end)), args)
     drawn = np.array([order.row(i) for i in range(3000)])
     share = (both.part[drawn] == 1).mean()
     assert abs(share - (40 / 118 if by_set else 0.5)) < 0.04
@@ -376,14 +392,13 @@ def test_mixtures_are_drawn_by_their_weights(folder, tmp_path, by_set, by_frame)
 
 
 def test_batches_do_not_depend_on_how_they_are_cut_or_on_workers(data):
-    order = Order(data, np.arange(60), np.ones(1), Args(seed=1))
+    order, samples = Order(data, np.arange(60), Args(seed=1)), samples_of(data)
     args = Args(batch_size=8, max_steps=2, noises_per_sample=3)
-    whole = [data[plan] for plan in g.plans(order, data, args, WORLD, 1)]
+    whole = [samples[plan] for plan in g.plans(order, data, args, WORLD, 0)]
     parts = []
     for rank in range(2):
         world, cut = World(rank, 2, torch.device("cpu")), g.replace(args, gradient_accumulation_steps=2)
-        loader = DataLoader(data, sampler=g.plans(order, data, cut, world, 1), batch_size=None, num_workers=rank)
-        parts.append(list(loader))
+        parts.append(list(demonstrations.prepared(samples, g.plans(order, data, cut, world, 0), rank, WORLD.device)))
     for step in range(2):
         pieces = [parts[rank][2 * step + m] for rank in range(2) for m in range(2)]
         for name in ("images", "state", "action", "noise", "t", "eagle_input_ids"):
@@ -393,9 +408,9 @@ def test_batches_do_not_depend_on_how_they_are_cut_or_on_workers(data):
 def test_noise_and_times_have_their_moments(data):
     rows = np.zeros(4000, dtype=int)
     bare = g.replace(data.config, video=())
-    t = np.array([(0.999 - data.rng(0, i).beta(1.5, 1.0)) / 0.999 for i in range(4000)])
+    t = np.array([(0.999 - g.draw_rng(3, 0, i).beta(1.5, 1.0)) / 0.999 for i in range(4000)])
     assert abs(t.mean() - 0.4) < 0.015 and abs(t.std() - 0.262) < 0.01 and -0.0011 < t.min() and t.max() < 1
-    batch = data[Plan(rows[:500], np.arange(500), 0)]
+    batch = samples_of(data)[Plan(rows[:500], np.arange(500), 0)]
     assert abs(batch["noise"].mean()) < 0.01 and abs(batch["noise"].std() - 1) < 0.01
     assert torch.allclose(batch["t"][:50], torch.from_numpy(t[:50]).float()) and bare.video == ()
 
@@ -414,10 +429,10 @@ def test_held_out_episodes_are_spread_evenly():
 
 def test_frames_come_from_the_cache_and_belong_to_their_rows(folder, tmp_path):
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    sets, data, args = load(copy, cache_dir=str(tmp_path / "cache"))
-    g.attach_frames(data, sets, [[1, 3]], args, 28)
+    data, args = load(copy, cache_dir=str(tmp_path / "cache"))
+    open_frames(data, args, [1, 3], 28)
     for episode in (1, 3):
-        start, end = data.episodes[episode]["start"], data.episodes[episode]["end"]
+        start, end = data.episodes[episode].start, data.episodes[episode].end
         for row in (start, start + 7, end - 1):
             frame = data.frames(row)[0]
             assert frame.shape == (48, 64, 3)
@@ -427,19 +442,19 @@ def test_frames_come_from_the_cache_and_belong_to_their_rows(folder, tmp_path):
                 and abs(frame[40, 60].astype(int) - (40 + 30 * episode)).max() < 6
             )
     shutil.rmtree(copy / "videos")
-    assert data.frames(data.episodes[1]["start"]).shape == (1, 48, 64, 3)  # the videos are not opened again
+    assert data.frames(data.episodes[1].start).shape == (1, 48, 64, 3)  # the videos are not opened again
 
 
 def test_large_frames_are_cached_small_and_a_changed_video_is_decoded_again(folder, tmp_path):
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    sets, data, args = load(copy, cache_dir=str(tmp_path / "cache"), cache_side=32)
-    g.attach_frames(data, sets, [[0]], args, 28)
+    data, args = load(copy, cache_dir=str(tmp_path / "cache"), cache_side=32)
+    open_frames(data, args, [0], 28)
     assert data.frames(0).shape == (1, 32, 32, 3)
     video = copy / "videos/chunk-000/observation.images.top/episode_000000.mp4"
     before = list((tmp_path / "cache").iterdir())
     shutil.copy(video, tmp_path / "again.mp4")
     shutil.move(tmp_path / "again.mp4", video)  # another time stamp
-    g.attach_frames(data, sets, [[0]], args, 28)
+    open_frames(data, args, [0], 28)
     assert len(list((tmp_path / "cache").iterdir())) == len(before) + 1
 
 
@@ -504,8 +519,8 @@ def edit(folder: Path, tmp_path: Path, file: str, change) -> Path:
 def test_bad_folders_end_in_one_line(folder, tmp_path, capsys, file, change, message):
     copy = edit(folder, tmp_path, file, change)
     with pytest.raises(SystemExit) as stop:
-        sets, data, args = load(copy, cache_dir=str(tmp_path / "cache"))
-        g.attach_frames(data, sets, [list(range(len(sets[0].ids)))], args, 28)
+        data, args = load(copy, cache_dir=str(tmp_path / "cache"))
+        open_frames(data, args, range(len(data.episodes)), 28)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
@@ -514,9 +529,9 @@ def test_a_video_of_another_length_is_refused(folder, tmp_path, capsys):
     videos = folder / "videos/chunk-000/observation.images.top"
     copy = edit(folder, tmp_path, "meta/info.json", lambda c: None)
     shutil.copy(videos / "episode_000002.mp4", copy / "videos/chunk-000/observation.images.top/episode_000001.mp4")
-    sets, data, args = load(copy, cache_dir=str(tmp_path / "cache"))
+    data, args = load(copy, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(SystemExit):
-        g.attach_frames(data, sets, [[0, 1]], args, 28)
+        open_frames(data, args, [0, 1], 28)
     assert "30 frames for an episode of 12 rows" in capsys.readouterr().err
     assert not list((tmp_path / "cache").iterdir())  # not even half a file
 

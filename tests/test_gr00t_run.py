@@ -16,7 +16,12 @@ from conftest import ROOT, two_forks
 from safetensors.torch import load_file, save_file
 
 import gr00t_finetune as g
+from common import plot
+from common.robot import lora, transforms
 from common.robot.gr00t_n15 import GR00T, GR00TConfig
+from common.robot.lora import add_lora
+from common.robot.policy import Stored
+from common.robot.report import Tally
 from common.run import parse
 from gr00t_finetune import Args, flow_matching_loss, sample_actions
 
@@ -196,7 +201,7 @@ def test_parity_of_loss_gradients_and_actions_with_the_reference(name):
 def test_metrics_by_time_and_by_dim_add_up_to_the_loss(lite):
     batch = make_batch(B=40)
     error, _, t = g.velocity_error(lite, batch, batch["noise"], batch["t"])
-    tally = g.Tally(torch.device("cpu"))
+    tally = Tally(torch.device("cpu"))
     for part in (slice(0, 15), slice(15, 40)):
         tally.add(error[part], batch["action_mask"][part], t[part])
     metrics = tally.metrics("train", list("abcde"))
@@ -212,7 +217,7 @@ def test_a_compiled_head_is_one_graph_that_computes_the_same(lite, monkeypatch):
     model, batch = copy.deepcopy(lite), make_batch()
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode=None: compiler(f, backend="aot_eager", fullgraph=True))
-    g.compile_head(model)
+    model.compile_head()
     assert set(model.state_dict()) == set(lite.state_dict())
     for m in (lite, model):
         m.zero_grad()
@@ -228,7 +233,7 @@ def test_a_compiled_head_is_one_graph_that_computes_the_same(lite, monkeypatch):
 
 def test_learning_rate_warms_up_from_zero_and_falls_to_zero():
     args = Args(max_steps=1000, learning_rate=2.0, warmup_ratio=0.05)
-    rates = [g.learning_rate(step, args) for step in range(1, 1001)]
+    rates = [g.learning_rate(step, args) for step in range(1000)]
     assert rates[0] == 0 and rates[25] == 1.0 and max(rates) == rates[50] == 2.0
     assert abs(rates[525] - 1.0) < 1e-9 and 0 < rates[-1] < 1e-4
 
@@ -246,7 +251,7 @@ def test_decay_groups_of_the_full_size_are_those_of_the_reference():
 def test_adapters_of_the_full_size_are_those_of_the_reference(rank, full, expected):
     with torch.device("meta"):
         model = GR00T(GR00TConfig())
-        adapters = g.add_lora(model, Args(lora_rank=rank, lora_full_model=full))
+        adapters = add_lora(model, Args(lora_rank=rank, lora_full_model=full))
     assert sum(a.A.numel() + a.B.numel() for a in adapters.values()) == expected
     assert len(adapters) == (177 if full else 60)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -261,12 +266,12 @@ def test_merged_adapters_compute_the_same_and_leave_no_trace(full, targets):
     model = GR00T(GR00TConfig.tiny(image_size=16)).eval()
     before = {name: p.clone() for name, p in model.state_dict().items()}
     batch = make_batch(config=model.config)
-    adapters = g.add_lora(model, Args(lora_rank=4, lora_full_model=full, lora_targets=targets))
+    adapters = add_lora(model, Args(lora_rank=4, lora_full_model=full, lora_targets=targets))
     plain = flow_matching_loss(model, batch, batch["noise"], batch["t"])
     for adapter in adapters.values():
         torch.nn.init.normal_(adapter.B, std=0.5)
     adapted = flow_matching_loss(model, batch, batch["noise"], batch["t"])
-    with g.merged(model, adapters):
+    with lora.merged(model, adapters):
         assert set(model.state_dict()) == set(before)  # the layout that every loader knows
         assert any(not torch.equal(p, before[name]) for name, p in model.state_dict().items())
         merged = flow_matching_loss(model, batch, batch["noise"], batch["t"])
@@ -326,7 +331,7 @@ def test_masked_padding_makes_a_sample_independent_of_its_batch():
 
 QUICK = dict(
     model_path="lite", max_steps=6, batch_size=8, log_every=2, eval_every=3, eval_batches=1, eval_steps=20, eval_trajs=2,
-    eval_figures=1, closed_loop=False, denoising_sweep=4, save_steps=3, device="cpu", torch_threads=1,
+    closed_loop=False, denoising_sweep=4, save_every=3, device="cpu", torch_threads=1,
 )  # fmt: skip
 
 
@@ -348,8 +353,8 @@ def run(tmp_path, monkeypatch):
 
     def start(figures=False, **flags):
         if not figures:
-            monkeypatch.setattr(g.plot, "figure", lambda runs, panels, out, caption: out)
-            monkeypatch.setattr(g, "draw_open_loop", lambda result, names, path: path)
+            monkeypatch.setattr(plot, "figure", lambda runs, panels, out, caption: out)
+            monkeypatch.setattr(g, "draw_open_loop", lambda result, names, chunk, path: path)
         argv = ["gr00t_finetune.py"]
         place = (
             {} if "resume" in flags else {"output_dir": str(tmp_path / "runs"), "cache_dir": str(tmp_path / "cache")}
@@ -389,7 +394,7 @@ def test_a_run_explains_itself_and_its_checkpoint_has_the_published_layout(run, 
     assert code == 0
     for name in ("config.json", "metrics.jsonl", "gr00t_finetune.py", "last", "best", "learning.png", "health.png"):
         assert (folder / name).exists(), name
-    assert len(list((folder / "open_loop").glob("*.png"))) == 1
+    assert len(list((folder / "open_loop").glob("*.png"))) == 2
     rows = metrics_of(folder)
     assert [row["step"] for row in rows] == [0, 2, 3, 4, 6]
     last = rows[-1]
@@ -409,9 +414,7 @@ def test_a_run_explains_itself_and_its_checkpoint_has_the_published_layout(run, 
     GR00T.from_pretrained(checkpoint)
 
     # the same evaluation from the checkpoint alone, with the data, the split and the statistics of the run
-    flags = {
-        k: v for k, v in QUICK.items() if k.startswith(("eval_t", "eval_s", "eval_f", "closed", "deno", "dev", "torch"))
-    }
+    flags = {k: v for k, v in QUICK.items() if k.startswith(("eval_t", "eval_s", "closed", "deno", "dev", "torch"))}
     code, evaluated = run(eval_only=True, model_path=str(folder / "last"), **flags)
     assert code == 0
     again = metrics_of(evaluated)[0]
@@ -424,13 +427,13 @@ def test_a_run_explains_itself_and_its_checkpoint_has_the_published_layout(run, 
 def test_resume_is_bit_exact(run, flags):
     _, whole = run(**QUICK, **flags)
     cut = whole.with_name("cut")
-    whole_weights = whole / "checkpoints/step-000006"
+    whole_weights = whole / "checkpoints/step-000000006"
 
     shutil.copytree(whole, cut, symlinks=True)
-    shutil.rmtree(cut / "checkpoints/step-000006")
+    shutil.rmtree(cut / "checkpoints/step-000000006")
     code, _ = run(resume=str(cut))
     assert code == 0 and metrics_of(cut) == metrics_of(whole)
-    assert same_weights(cut / "checkpoints/step-000006", whole_weights)
+    assert same_weights(cut / "checkpoints/step-000000006", whole_weights)
 
 
 def test_same_seed_same_run_and_workers_change_nothing(run, tmp_path):
@@ -441,7 +444,7 @@ def test_same_seed_same_run_and_workers_change_nothing(run, tmp_path):
 
 
 def test_accumulation_agrees_with_the_whole_batch(run):
-    flags = QUICK | dict(max_steps=4, warmup_ratio=0.0, save_steps=0, noises_per_sample=2)
+    flags = QUICK | dict(max_steps=4, warmup_ratio=0.0, save_every=0, noises_per_sample=2)
     first, second = run(**flags)[1], run(**flags, gradient_accumulation_steps=4)[1]
     a, b = metrics_of(first)[-1], metrics_of(second)[-1]
     for name in ("train/loss", "val/loss", "eval/mse"):
@@ -456,9 +459,9 @@ def test_adapters_train_resume_and_leave_a_whole_model(run, tmp_path):
 
     cut = whole.with_name("cut")
     shutil.copytree(whole, cut, symlinks=True)
-    shutil.rmtree(cut / "checkpoints/step-000006")
+    shutil.rmtree(cut / "checkpoints/step-000000006")
     assert run(resume=str(cut))[0] == 0
-    assert metrics_of(cut) == metrics_of(whole) and same_weights(cut / "checkpoints/step-000006", whole / "last")
+    assert metrics_of(cut) == metrics_of(whole) and same_weights(cut / "checkpoints/step-000000006", whole / "last")
     trained = GR00T.from_pretrained(whole / "last")  # merged: nothing but the published layout
     old = load_file(base / "model.safetensors")
     changed = {name for name, p in trained.state_dict().items() if not torch.equal(p, old[name])}
@@ -475,7 +478,7 @@ def test_the_tiny_model_trains_on_pictures(run):
 
 
 def test_gradients_that_are_not_finite_end_the_run_before_they_reach_the_weights(run, capsys):
-    code, folder = run(**QUICK | dict(learning_rate=1e30, save_steps=1, warmup_ratio=0.0))
+    code, folder = run(**QUICK | dict(learning_rate=1e30, save_every=1, warmup_ratio=0.0))
     out = capsys.readouterr()
     assert code == 1 and "gradients are not finite" in out.out + out.err
     assert all(torch.isfinite(tensor).all() for tensor in weights_of(folder / "last").values())
@@ -497,8 +500,8 @@ def test_the_expert_seen_through_the_policy_interface_succeeds(monkeypatch):
     from common.robot.fetch import FetchVec
 
     args = g.resolve(Args(model_path="lite", closed_loop_episodes=4, execute_steps=1))
-    args, _, data, _ = g.prepare_data(args, {"metadata": {}}, lambda text: None)
-    data.prompts = [np.arange(3)] * 3
+    args, data, _ = g.read_data(args, Stored("lite"), lambda text: None)
+    data.interface.prompts = dict.fromkeys(data.instructions, np.arange(3))
     lastly = {}
     step = FetchVec.step
     reset = FetchVec.reset
@@ -508,11 +511,13 @@ def test_the_expert_seen_through_the_policy_interface_succeeds(monkeypatch):
     def expert(model, batch, noise, num_steps):
         actions = EXPERTS["FetchReach-v4"](lastly["obs"])
         raw = {"displacement": actions[:, None, :3], "gripper": actions[:, None, 3:]}
-        codes = g.pad(g.encode("action", raw, data.config, data.metadata), 32)
+        codes = transforms.pad(transforms.encode("action", raw, data.config, data.metadata), 32)
         return torch.from_numpy(codes).expand(-1, 16, -1)
 
     monkeypatch.setattr(g, "sample_actions", expert)
-    found = g.closed_loop(torch.nn.Linear(1, 1), data, "FetchReach-v4", args, torch.device("cpu"))
+    model = torch.nn.Linear(1, 1)
+    model.device = torch.device("cpu")
+    found = g.closed_loop(model, g.Samples(data, GR00TConfig.lite(), 0), "FetchReach-v4", args)
     assert found["closed_loop/FetchReach/success_rate"] == 1.0
 
 
@@ -566,7 +571,7 @@ def test_other_checkpoints_and_tokenizers_are_refused(run, capsys, tmp_path):
     code, _ = run(resume=str(folder))
     assert code == 2 and "belongs to ppo_fetch" in capsys.readouterr().err
     (folder / "last/trainer.json").write_text(json.dumps(state | {"rows": 7}))
-    assert run(resume=str(folder))[0] == 2 and "had 7" in capsys.readouterr().err
+    assert run(resume=str(folder))[0] == 2 and "it had 7 rows" in capsys.readouterr().err
     code, _ = run(resume=str(folder), learning_rate=1.0)
     assert code == 2 and "--learning-rate" in capsys.readouterr().err
     code, _ = run(**QUICK, tokenizer="someone/no-tokenizer")
@@ -574,7 +579,7 @@ def test_other_checkpoints_and_tokenizers_are_refused(run, capsys, tmp_path):
     assert code == 2 and "--tokenizer" in error and error.strip().count("\n") == 0
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(SystemExit):
-        g.load_tokenizer(str(ROOT / "assets/tiny-qwen2"), 151669)
+        transforms.load_tokenizer(str(ROOT / "assets/tiny-qwen2"), 151669)
     assert "the model expects 151669" in capsys.readouterr().err
 
 
@@ -587,7 +592,7 @@ def test_recipes_fill_in_by_model_size():
 
 def test_two_processes_agree_with_one(run, monkeypatch):
     """The flags name the global batch, so the numbers are those of one process up to rounding."""
-    flags = QUICK | dict(max_steps=3, log_every=1, eval_every=0, save_steps=0, warmup_ratio=0.0)
+    flags = QUICK | dict(max_steps=3, log_every=1, eval_every=0, save_every=0, warmup_ratio=0.0)
     code, single = run(**flags)
     main = g.main
     monkeypatch.setattr(g, "main", lambda args: sys.exit(max(two_forks(lambda: main(args)))))
@@ -600,7 +605,7 @@ def test_two_processes_agree_with_one(run, monkeypatch):
 
 def test_sharded_weights_train_as_whole_ones_and_go_on_from_their_checkpoint(run, monkeypatch):
     """FSDP's numbers are one process's up to rounding; its checkpoint is a whole model, and continues bit-exactly."""
-    flags = QUICK | dict(model_path="tiny", max_steps=3, save_steps=2, max_samples=50, warmup_ratio=0.0, eval_trajs=1)
+    flags = QUICK | dict(model_path="tiny", max_steps=3, save_every=2, max_samples=50, warmup_ratio=0.0, eval_trajs=1)
     flags |= dict(gradient_accumulation_steps=2, gradient_checkpointing=True, log_every=1, eval_every=2)
     flags |= dict(denoising_steps=1, denoising_sweep=1)  # two processes on one core wait for each other at every block
     code, single = run(**flags)
@@ -618,10 +623,10 @@ def test_sharded_weights_train_as_whole_ones_and_go_on_from_their_checkpoint(run
 
     cut = sharded.with_name("cut")
     shutil.copytree(sharded, cut, symlinks=True)
-    shutil.rmtree(cut / "checkpoints/step-000003")
+    shutil.rmtree(cut / "checkpoints/step-000000003")
     assert run(resume=str(cut))[0] == 0
     assert metrics_of(cut) == metrics_of(sharded)
-    assert same_weights(cut / "checkpoints/step-000003", sharded / "last")
+    assert same_weights(cut / "checkpoints/step-000000003", sharded / "last")
 
     # from a checkpoint the backbone is frozen: it is sharded too, and stays as it is
     flags |= dict(model_path=str((single / "last").resolve()), max_steps=1, eval_every=0)

@@ -17,9 +17,10 @@ from test_ppo_math import WORLD
 
 import gr00t_finetune
 import ppo_gr00t as p
-from common.robot import fetch
+from common.robot import fetch, transforms
 from common.robot.data_configs import DATA_CONFIGS
 from common.robot.gr00t_n15 import GR00T, GR00TConfig
+from common.robot.policy import Stored, read_stored
 from common.run import parse
 from common.video import no_renderer
 from ppo_gr00t import Args, FeatureCache
@@ -35,7 +36,7 @@ def metadata() -> dict:
     """Statistics of the bundled demonstrations, as gr00t_finetune.py stores them."""
     args = replace(gr00t_finetune.Args(), model_path="lite")
     args = gr00t_finetune.resolve(args)
-    return gr00t_finetune.prepare_data(args, {"metadata": {}, "no_images": True}, print)[3]
+    return gr00t_finetune.read_data(args, Stored("lite"))[2]
 
 
 @pytest.fixture(scope="module")
@@ -106,17 +107,17 @@ def resolved(policy: Path, **changes):
 
 @pytest.mark.parametrize("env_id", ["FetchReach-v4", "FetchPush-v4"])
 def test_observations_and_actions_are_in_the_units_of_gr00t_finetune(policies, env_id):
-    from assets.build_fetch_demos import STATE, slices, state_vector
+    from common.robot.fetch_robot import STATE, slices, state_vector
 
     args, config, stored = resolved(policies["lite"], env_id=env_id)
     adapter = p.Adapter(args, config, stored, "")
     obs = fetch.FetchVec(env_id, 3, 1).reset(seed=0)[0]
     vector = state_vector(obs).astype(np.float64)
     raw = {key: vector[:, at["start"] : at["end"]] for key, at in slices(STATE).items()}
-    expected = gr00t_finetune.pad(gr00t_finetune.encode("state", raw, config, stored), 64).astype(np.float32)
+    expected = transforms.pad(transforms.encode("state", raw, config, stored), 64).astype(np.float32)
     assert np.array_equal(adapter.state(obs, 64), expected)
     chunk = torch.randn(3, 16, 32)
-    decoded = gr00t_finetune.decode_actions(chunk[..., :4].numpy().astype(np.float64), config, stored)
+    decoded = transforms.decode_actions(chunk[..., :4].numpy().astype(np.float64), config, stored)
     assert np.array_equal(
         adapter.actions(chunk, 5), np.concatenate(list(decoded.values()), -1)[:, :5].astype(np.float32)
     )
@@ -134,7 +135,7 @@ def test_pictures_and_prompt_are_those_of_gr00t_finetune(policies):
             return frames[physics]
 
     adapter.camera, adapter.image_size = Camera(), 32
-    expected = torch.cat([gr00t_finetune.transform_images(frame[None], 32) for frame in frames])
+    expected = torch.cat([transforms.transform_images(frame[None], 32) for frame in frames])
     assert torch.equal(adapter.images(np.arange(2), np.zeros((2, 3))), expected)
     args.tokenizer = str(ROOT / "assets" / "tiny-qwen2")
     tokenizer = p.load_tokenizer(args.tokenizer, 259)
@@ -260,10 +261,7 @@ def test_a_run_logs_what_the_page_documents_and_leaves_a_policy_that_loads(run, 
     start = GR00T.from_pretrained(policies["lite"])
     assert not torch.equal(model.action_head.action_decoder.layer2.b, start.action_head.action_decoder.layer2.b)
     assert torch.equal(model.backbone.instruction_table.weight, start.backbone.instruction_table.weight)
-    assert gr00t_finetune.saved_args(str(folder / "last")) == {
-        "data_config": "fetch",
-        "embodiment_tag": "new_embodiment",
-    }
+    assert read_stored(str(folder / "last")).args == {"data_config": "fetch", "embodiment_tag": "new_embodiment"}
     code, again = run(model_path=str(folder), eval_only=True, eval_episodes=2)  # a run folder is a policy, too
     best = max(rows(folder), key=lambda r: (r.get("eval/success_rate", -1), r.get("eval/episodic_return", -99)))
     if best["step"]:

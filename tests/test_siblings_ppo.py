@@ -6,7 +6,6 @@ import pytest
 from conftest import ROOT
 from test_siblings import definitions
 
-import gr00t_finetune
 import ppo_fetch
 import ppo_gr00t
 
@@ -15,7 +14,6 @@ TWINS = {
         "RunningStatistics", "orthogonal", "mlp", "gae", "ppo_loss", "normalize_advantages", "minibatch_order",
         "returns_of", "summary",
     ],
-    gr00t_finetune: ["LoRALinear", "add_lora", "merged", "resolve_model_path", "prompt", "load_tokenizer"],
 }  # fmt: skip
 
 

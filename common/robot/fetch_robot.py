@@ -5,6 +5,8 @@ The demonstrations are recorded in this layout, and closed loop, PPO and serving
 Dims: N environments, D = 28 state numbers, 4 action numbers, H actions of a chunk.
 """
 
+from collections.abc import Iterator
+
 import gymnasium as gym
 import mujoco
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 
 from common.cli import fail
 from common.robot.data_configs import DataConfig
-from common.robot.fetch import import_robotics
+from common.robot.fetch import FetchVec, import_robotics
 from common.robot.policy import Interface
 from common.video import no_renderer
 
@@ -119,6 +121,15 @@ class FetchRobot:
             return None
         frames = np.stack([self.camera.draw(p, g) for p, g in zip(physics, goals)])
         return self.interface.images(frames[:, None])
+
+    def look(self, envs: FetchVec, obs: dict[str, np.ndarray], size: int) -> Iterator[dict[str, torch.Tensor]]:
+        """What the policy sees now, instruction included: batches of at most `size` environments."""
+        arrays = envs.get_state()[0]
+        state, images = self.state(obs), self.images(arrays["physics"], arrays["goal"])
+        for start in range(0, len(state), size):
+            part = slice(start, start + size)
+            texts = [self.instruction] * len(state[part])
+            yield self.interface.batch(state[part], texts, None if images is None else images[part])
 
     def actions(self, chunk: torch.Tensor, count: int) -> np.ndarray:
         """The policy's chunk (N, H, 32) -> its first `count` actions (N, count, 4) float32; FetchVec clips them."""

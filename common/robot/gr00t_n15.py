@@ -14,7 +14,7 @@ A batch is a dict of tensors; an optional key is in brackets:
     eagle_input_ids       (B, S) int64                left-padded; `image_token_index` once per image patch
     eagle_attention_mask  (B, S)                      0 on pad tokens
     state                 (B, 1, state_dim)           normalised, zero-padded
-    embodiment_id         (B,) int64                  or (1,): all samples share one, which spares B copies of its weights
+    embodiment_id         (B,) int64                  or (1,): all samples share one, which spares copies of its weights
     [action, action_mask] (B, H, D)                   for the loss (which lives in the scripts)
     [backbone_features, backbone_attention_mask]      outputs of an earlier `model.backbone(batch)`; it is then not run
 
@@ -257,8 +257,8 @@ class EagleBackbone(nn.Module):
         if (expected := int(is_image.sum())) != len(patches):
             raise ValueError(f"the prompts have {expected} image tokens, the images {len(patches)} patches")
         embeds = embeds.masked_scatter(is_image[..., None], patches.to(embeds.dtype))
-        # Causal. Positions count pads too, which rotary embeddings do not notice. A pad row sees no key at all, and sdpa
-        # gives it zeros, as flash attention does; "eager" does not, which changes what the head reads at pad tokens.
+        # Causal. Positions count pads too, which rotary embeddings do not notice. A pad row sees no key at all, and
+        # sdpa gives it zeros, as flash attention does; "eager" does not, which changes what the head reads there.
         features = self.text(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
         return features, mask
 
@@ -563,7 +563,7 @@ class GR00T(nn.Module):
         return self.action_head.process_backbone(features, mask)
 
     def vl_features(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """-> VL features (B, S, vl_width) for `velocity`, mask (B, S). Uses `backbone_features` where a batch has it."""
+        """-> VL features (B, S, vl_width) for `velocity`, mask (B, S). Uses a batch's `backbone_features` if there."""
         if "backbone_features" in batch:
             features, mask = batch["backbone_features"], batch["backbone_attention_mask"]
         else:
@@ -620,6 +620,28 @@ class GR00T(nn.Module):
         self.checkpointed = enabled
         self.train(self.training)
 
+    # -- speed
+
+    def compile_head(self, mode: str | None = None) -> None:
+        """torch.compile of the action head. `mode` is what it does for the velocity, which runs K times a sample.
+
+        "reduce-overhead" replays CUDA graphs; their outputs must be used up before the next call, as a sampler does.
+        """
+        head = self.action_head
+        head.process_backbone = torch.compile(
+            head.process_backbone
+        )  # its output is read in all K calls: never a graph's
+        head.velocity = torch.compile(head.velocity, mode=mode)
+
+    def units(self) -> list[nn.Module]:
+        """What FSDP gathers one after the other; the rest of the model is small but for the token embedding."""
+        head, backbone = self.action_head, self.backbone
+        units = [*head.model.transformer_blocks, *head.vl_self_attention.transformer_blocks]
+        units += [head.state_encoder, head.action_encoder, head.action_decoder]  # with the rows of all embodiments
+        if isinstance(backbone, EagleBackbone):
+            units += [*backbone.vision.encoder.layers, *backbone.text.layers]
+        return [*units, backbone]
+
     # -- files
 
     def carried_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -647,6 +669,19 @@ class GR00T(nn.Module):
     def layout(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all tensors of a checkpoint."""
         return {name: tuple(p.shape) for name, p in self.state_dict().items()} | self.carried_shapes()
+
+    @classmethod
+    @torch.no_grad()
+    def toy(cls, config: GR00TConfig, attn_implementation: str = "sdpa") -> "GR00T":
+        """A random model of toy width whose state and positions can be heard: the published scales suit wide rows."""
+        model = cls(config, attn_implementation)
+        for name, parameter in model.named_parameters():
+            # 0.02 suits rows of 2,500 numbers
+            if name.endswith(".W"):
+                parameter.mul_(1 / (0.02 * math.sqrt(parameter.shape[1])))
+            elif name.endswith(("position_embedding.weight", "future_tokens.weight")):
+                parameter.mul_(0.5 / 0.02)
+        return model
 
     @classmethod
     def from_pretrained(

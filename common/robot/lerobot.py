@@ -188,8 +188,8 @@ def read_info(path: Path) -> dict:
     version = str(info.get("codebase_version", ""))
     if not version.startswith("v2"):
         fail(
-            f"{path.name} is LeRobot {version or 'of an unknown version'}; this script reads v2.0 and v2.1. Many hub data "
-            "sets keep the old version under a tag: --dataset-path user/name@v2.1"
+            f"{path.name} is LeRobot {version or 'of an unknown version'}; this script reads v2.0 and v2.1. Many hub "
+            "data sets keep the old version under a tag: --dataset-path user/name@v2.1"
         )
     if missing := {"features", "data_path", "chunks_size"} - set(info):
         fail(f"{path}/meta/info.json lacks {sorted(missing)}")

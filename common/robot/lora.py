@@ -80,7 +80,7 @@ def merged(model: GR00T, adapters: dict[str, LoRALinear]):
 
 
 def adapter_tensors(adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:
-    """What a continued run needs beside the merged weights, on the CPU: layer.A, layer.B and the unmerged layer.weight."""
+    """What a continued run needs beside the merged weights, on the CPU: each layer's A, B and unmerged weight."""
     return {
         f"{name}.{part}": tensor.detach().cpu().contiguous()
         for name, adapter in adapters.items()

@@ -11,6 +11,7 @@ Loss and sampler are the scripts', and no simulator is loaded from here: fetch_r
 Dims: N observations, V cameras, S prompt tokens, H = 16 actions of a chunk, A raw action numbers.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +19,17 @@ from typing import Literal
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from common.checkpoint import find_checkpoint
 from common.cli import fail
+from common.parallel import gathered
 from common.robot.data_configs import DataConfig
-from common.robot.gr00t_n15 import GR00TConfig, read_json, resolve
+from common.robot.gr00t_n15 import GR00T, GR00TConfig, read_json, resolve
+from common.robot.lora import LoRALinear, adapter_tensors, add_lora, merged
 from common.robot.transforms import (
+    ACTION_DIM,
+    HORIZON,
     STATE_DIM,
     decode_actions,
     encode,
@@ -48,7 +54,7 @@ class GR00TArgs:
     data_config: str | None = None
     """what the policy sees, see common/robot/data_configs.py; default: the checkpoint's"""
     embodiment_tag: Literal["new_embodiment", "gr1", "oxe_droid", "agibot_genie1"] | None = None
-    """whose rows of the embodiment layers to use: a pretrained robot's or the free ones of new_embodiment, the default"""
+    """whose rows of the embodiment layers to use: a pretrained robot's, or the free ones of new_embodiment (default)"""
     tokenizer: str | None = None
     """folder or hub id of the tokenizer; default: bundled for tiny and lite, lerobot/eagle2hg-processor-groot-n1p5"""
     tune_llm: bool = False
@@ -91,16 +97,15 @@ class Stored:
         if tag not in self.metadata:
             have = ", ".join(self.metadata) or "none"
             fail(
-                f"checkpoint '{self.source}' has no statistics for --embodiment-tag {tag} (it has: {have}); give a tag it "
-                f"has, or fine-tune it on your data first: gr00t_finetune.py --model-path {self.source}"
+                f"checkpoint '{self.source}' has no statistics for --embodiment-tag {tag} (it has: {have}); give a tag "
+                f"it has, or fine-tune it on your data first: gr00t_finetune.py --model-path {self.source}"
             )
         entry = self.metadata[tag]
         for kind in ("state", "action"):
             for key in getattr(config, kind):
                 if not STATISTICS <= set(entry.get("statistics", {}).get(kind, {}).get(key, {})):
                     fail(
-                        f"checkpoint '{self.source}' has no statistics of {kind}.{key} for {tag}; was another data config "
-                        "used?"
+                        f"checkpoint '{self.source}' has no statistics of {kind}.{key} for {tag}: another data config?"
                     )
                 if key not in entry.get("modalities", {}).get(kind, {}):
                     fail(f"checkpoint '{self.source}' does not describe {kind}.{key} for {tag} in its metadata.json")
@@ -132,6 +137,34 @@ def model_tokenizer(c: GR00TConfig, source: str | None = None):
     toy = c.instruction_vocab or c.image_token_index == GR00TConfig.tiny().image_token_index
     default = str(ROOT / "assets" / "tiny-qwen2") if toy else "lerobot/eagle2hg-processor-groot-n1p5"
     return load_tokenizer(source or default, None if c.instruction_vocab else c.image_token_index)
+
+
+def trained_parts(model: GR00T, args: GR00TArgs) -> dict[str, LoRALinear]:
+    """Freezes what the flags leave frozen, adds the adapters they ask for and returns those."""
+    c, sizes = model.config, (HORIZON, STATE_DIM, ACTION_DIM)
+    if (c.action_horizon, c.state_dim, c.action_dim) != sizes:
+        fail(
+            f"'{args.model_path}' has a horizon of {c.action_horizon}, {c.state_dim} state and {c.action_dim} action "
+            f"dims; this code trains {HORIZON}, {STATE_DIM}, {ACTION_DIM}"
+        )
+    model.set_trainable(args.tune_llm, args.tune_visual, args.tune_projector, args.tune_diffusion_model)
+    adapters = add_lora(model, args) if args.lora_rank else {}
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing(True)
+    return adapters
+
+
+def save_policy(folder: Path | None, model: GR00T, adapters: dict[str, LoRALinear], metadata: dict) -> None:
+    """Writes the published layout, adapters merged. Every process calls it, those that do not write with None."""
+    with merged(model, adapters):
+        weights = gathered(model.state_dict(), keep=folder is not None)
+        if folder is None:
+            return
+        model.save_pretrained(folder, weights)
+    (folder / "experiment_cfg").mkdir()
+    (folder / "experiment_cfg" / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")
+    if adapters:
+        save_file(adapter_tensors(adapters), folder / "lora.safetensors")
 
 
 # ---- units -----------------------------------------------------------------------------------------------------------
@@ -184,7 +217,7 @@ class Interface:
         return batch if images is None else batch | {"images": images}
 
     def actions(self, chunk: np.ndarray) -> np.ndarray:
-        """The model's chunk (N, H, 32) -> raw actions (N, H, A) float64, the config's keys side by side; not clipped."""
+        """The model's chunk (N, H, 32) -> raw actions (N, H, A) float64, the keys side by side, not clipped."""
         raw = decode_actions(chunk.astype(np.float64), self.config, self.metadata)
         return np.concatenate(list(raw.values()), axis=-1)
 

@@ -1,7 +1,7 @@
 """What is done to numbers, pictures and words before the model sees them, and its actions undone: GR00T N1.5's
 published specification. tests/test_gr00t_data.py compares it with what the reference's code makes of the same rows.
 
-    encode, decode_actions      raw arrays of each key <-> what the model reads and writes, in the order of a data config
+    encode, decode_actions      raw arrays of each key <-> what the model reads and writes, in a data config's order
     to_matrix, from_matrix      the rotation_type of modality.json
     transform_images            crop, resize and, for training, jitter;  pixel_values: what the vision tower takes
     prompt, load_tokenizer      instruction -> chat text -> token ids
