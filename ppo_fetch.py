@@ -38,12 +38,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from safetensors.torch import load_file, save_file
 
 from common.checkpoint import find_checkpoint
-from common.cli import at_least, fail, flag, parse, positive
+from common.cli import fail, flag, parse
 from common.parallel import World, sum_gradients
 from common.robot import fetch, sim
 from common.robot.sim import SimArgs
 from common.run import Run
-from common.stats import explained_variance, wilson
+from common.stats import explained_variance
 from common.video import Videos, write_mp4
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
@@ -56,8 +56,6 @@ class Args(SimArgs):
     tags: tuple[str, ...] = ("ppo", "fetch")
     init_from: str | None = None
     """run folder or checkpoint whose policy and statistics to start from (a new run)"""
-    eval_only: bool = False
-    """measure the policy of --init-from, record a video, and stop"""
 
     # task
     env_id: str = "FetchReach-v4"
@@ -530,9 +528,9 @@ def play(act, envs: VectorEnv, args: Args, draw=None) -> list[dict]:
     return [first[i] for i in range(n)]
 
 
-def evaluate(act, envs: VectorEnv, args: Args) -> dict[str, float]:
+def evaluate(act, envs, args: Args) -> dict[str, float]:
     """Success is that of the last step; `once` counts episodes that were at the goal in any step."""
-    return summary(play(act, envs, args), "eval")
+    return sim.summary(play(act, envs, args), "eval")
 
 
 def measure(run: Run, step: int, act, envs, state: dict, args: Args) -> dict[str, float]:
@@ -544,25 +542,6 @@ def measure(run: Run, step: int, act, envs, state: dict, args: Args) -> dict[str
         run.is_best(step, success, metrics["eval/episodic_return"])
     if run.world.any(state["streak"] >= 3)[0]:
         run.end()
-    return metrics
-
-
-def summary(episodes: list[dict], prefix: str) -> dict[str, float]:
-    """Means over episodes; the success rate with its interval."""
-    if not episodes:
-        return {}
-    n, mean = len(episodes), lambda key: float(np.mean([e[key] for e in episodes]))
-    metrics = {f"{prefix}/episodic_return": mean("return"), f"{prefix}/episodic_length": mean("length")}
-    if "success" in episodes[0]:
-        low, high = wilson(sum(e["success"] for e in episodes), n, z=1.96)
-        metrics |= {
-            f"{prefix}/success_rate": mean("success"),
-            f"{prefix}/success_rate_low": low,
-            f"{prefix}/success_rate_high": high,
-            f"{prefix}/success_once": mean("success_once"),
-        }
-    if "final_distance" in episodes[0]:
-        metrics[f"{prefix}/final_distance"] = mean("final_distance")
     return metrics
 
 
@@ -586,7 +565,7 @@ def record_video(path: Path, act, args: Args) -> list[dict]:
 
 def resolve(args: Args) -> Args:
     """Fills in what depends on the task."""
-    recipe = RECIPES[fetch.task_of(args.env_id)]
+    recipe = RECIPES.get(fetch.task_of(args.env_id), {})
     return replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
 
 
@@ -606,11 +585,7 @@ def check(args: Args, world: World) -> None:
             fail(f"--env-id {args.env_id}: {error}")
         if args.reward_mode != "env":
             fail(f"--reward-mode {args.reward_mode} is for the Fetch tasks; {args.env_id} has --reward-mode env")
-    sim.check_batch(args, args.num_envs * args.num_steps, world)
-    at_least(0, args, "target_kl", "ent_coef", "vf_coef")
-    positive(args, "learning_rate", "clip_coef", "max_grad_norm")
-    if not 0 < args.gamma <= 1 or not 0 <= args.gae_lambda <= 1:
-        fail(f"--gamma {args.gamma} --gae-lambda {args.gae_lambda}: both lie between 0 and 1")
+    sim.check_numbers(args, args.num_envs * args.num_steps, world)
     if args.eval_only and not args.init_from:
         fail("--eval-only measures the policy of --init-from: give a run folder")
     if args.init_from:
@@ -711,7 +686,7 @@ def train(run: Run, args: Args) -> None:
         state["train_s"] += run.seconds.total()
         state["recent"] = (state["recent"] + world.gather(episodes))[-100:]
         metrics = {f"losses/{name}": float(value) for name, value in metrics.items()}
-        metrics |= summary(state["recent"], "charts") | {
+        metrics |= sim.summary(state["recent"], "charts") | {
             "losses/explained_variance": explained_variance(returns, values, world),
             "losses/action_std": 0.0 if agent.discrete else agent.log_std.exp().mean().item(),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],

@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,13 +16,15 @@ from torch.distributions import Normal
 import gr00t_finetune
 import ppo_fetch
 import ppo_gr00t as p
-from common.robot.gr00t_n15 import GR00T, GR00TConfig
-from ppo_gr00t import Agent, Args, FeatureCache, chain_logprobs, executed_mask, ode_actions, sample_chain, transition
+from common.robot.feature_cache import FeatureCache
+from common.robot.gr00t_n15 import GR00T, GR00TConfig, group_of
+from common.robot.lora import add_lora, merged
+from ppo_gr00t import Agent, Args, chain_logprobs, executed_mask, ode_actions, sample_chain, transition
 
 SAMPLERS = ("flow-sde", "flow-sde-chain", "flow-noise")
 ARGS = replace(
     p.resolve(Args()), num_envs=6, num_steps=4, num_minibatches=2, update_epochs=2, hidden=16, execute_steps=3,
-    learning_rate=1e-3, target_kl=0.0, noisy_step="ignore-last",
+    learning_rate=1e-3, target_kl=0.0, noisy_step="any",
 )  # fmt: skip
 SMALL = dict(num_embodiments=32, dit_layers=2, dit_heads=2, dit_head_dim=8, vl_heads=2, vl_head_dim=8, hidden_size=16)
 SMALL |= dict(action_horizon=4, action_dim=6, state_dim=8, num_future_tokens=2)
@@ -36,8 +39,13 @@ def make_agent(args=ARGS, seed=0, config=None) -> Agent:
             q.add_(0.1 * torch.randn(q.shape))
             if name.endswith(".W"):
                 q.mul_(3)
-    p.set_trainable(model, {}, args, 1)
-    return Agent(model, 31, args)
+    freeze(model, args)
+    return Agent(model, 31, torch.tensor([[3, 1, 4]]), args)
+
+
+def freeze(model: GR00T, args) -> None:
+    model.set_trainable(args.tune_llm, args.tune_visual, args.tune_projector, args.tune_diffusion_model)
+    model.eval()
 
 
 def collect(agent: Agent, args=ARGS, seed=0, images=None):
@@ -45,8 +53,8 @@ def collect(agent: Agent, args=ARGS, seed=0, images=None):
     T, n, c = args.num_steps, args.num_envs, agent.model.config
     g = torch.Generator().manual_seed(seed)
     begins, _ = p.noisy_steps(args)
-    ids = torch.tensor([[3, 1, 4]]) if images is None else images[0]
-    cache, columns = FeatureCache(agent, ids), []
+    agent.prompt = agent.prompt if images is None else images[0]
+    cache, columns = FeatureCache(agent), []
     for _ in range(T):
         state = torch.randn(n, c.state_dim, generator=g)
         frame = cache.add(None if images is None else images[1][torch.randint(len(images[1]), (n,), generator=g)], n)
@@ -59,19 +67,20 @@ def collect(agent: Agent, args=ARGS, seed=0, images=None):
         columns.append(
             dict(state=state, frame=frame, condition=look["condition"], chain=chain, first=first, lengths=lengths,
                  logprobs=logprobs, rewards=torch.randn(n, generator=g), values=torch.randn(n, generator=g),
-                 advantages=torch.randn(n, generator=g), returns=torch.randn(n, generator=g))
+                 advantages=torch.randn(n, generator=g), returns=torch.randn(n, generator=g), valid=lengths > 0)
         )  # fmt: skip
     return {key: torch.stack([column[key] for column in columns]) for key in columns[0]}, cache
 
 
-def run_update(agent, batch, cache, args=ARGS, **more):
+def run_update(agent, batch, cache, args=ARGS):
     actor = [q for q in agent.model.parameters() if q.requires_grad]
     actor += list(agent.noise_net.parameters()) if agent.noise_net else []
     groups = [{"params": actor}, {"params": [*agent.critic.parameters(), *agent.critic_head.parameters()]}]
     optimizer = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5)
     scaler = torch.amp.GradScaler("cpu", enabled=args.amp == "fp16")
     generator = torch.Generator().manual_seed(0)
-    return p.update(agent, optimizer, scaler, batch, cache, args, generator, WORLD, **more)
+    loss_of = partial(p.minibatch_loss, cache=cache)
+    return p.update(agent, loss_of, optimizer, scaler, batch, args, generator, WORLD)
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------
@@ -126,7 +135,7 @@ def test_without_noise_every_sampler_is_the_ode_of_gr00t_finetune(sampler):
     agent = make_agent(args)
     state, noise = torch.randn(5, 8), torch.randn(5, 5, 4, 6)
     x_0 = noise[:, 0].contiguous()  # another memory layout would take another kernel, which rounds differently
-    cache = FeatureCache(agent, torch.tensor([[3, 1, 4]]))
+    cache = FeatureCache(agent)
     with torch.no_grad():
         look = cache.look(cache.add(None, 5), state)
     batch = {"eagle_input_ids": torch.tensor([[3, 1, 4]]).expand(5, -1), "state": state[:, None]}
@@ -152,9 +161,13 @@ def test_the_density_of_a_chain_is_that_of_its_normals(sampler):
     mask = executed_mask(flat["lengths"], flat["chain"][:, 0])
     with torch.no_grad():
         look = cache.look(flat["frame"], flat["state"])
-        logprobs, entropy, steps = chain_logprobs(agent, look, flat["chain"], flat["first"], mask, args)
-    M = {"flow-sde": 1, "flow-sde-chain": 3, "flow-noise": 4}[sampler]
-    assert flat["chain"].shape == (24, M + 1, 4, 6) and len(steps) == M
+        logprobs, entropy = chain_logprobs(agent, look, flat["chain"], flat["first"], mask, args)
+        M, noisy = 1 if sampler == "flow-sde" else 4, torch.ones(24, dtype=torch.bool)
+        steps = [
+            p.step_distribution(agent, look, flat["chain"][:, m].contiguous(), flat["first"] + m, noisy, args)
+            for m in range(M)
+        ]
+    assert flat["chain"].shape == (24, M + 1, 4, 6)
     normals = [Normal(mean, std) for mean, std in steps]
     expected = sum((n.log_prob(flat["chain"][:, m + 1]) * mask).sum((1, 2)) for m, n in enumerate(normals))
     torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-4)
@@ -169,12 +182,11 @@ def test_the_density_of_a_chain_is_that_of_its_normals(sampler):
 
 
 def test_noise_visits_the_steps_that_were_asked_for():
-    for noisy_step, visited in (("last", [3]), ("any", [0, 1, 2, 3]), ("ignore-last", [0, 1, 2])):
+    for noisy_step, visited in (("last", [3]), ("any", [0, 1, 2, 3])):
         args = replace(ARGS, noisy_step=noisy_step)
         batch, _ = collect(make_agent(args), replace(args, num_envs=40))
         assert batch["first"].unique().tolist() == visited
-    assert p.noisy_steps(replace(ARGS, sampler="flow-sde-chain", noisy_step="any")) == (range(1), 4)
-    assert p.noisy_steps(replace(ARGS, sampler="flow-sde-chain", noisy_step="ignore-last")) == (range(1), 3)
+    assert p.noisy_steps(replace(ARGS, sampler="flow-sde-chain")) == (range(1), 4)
     assert p.noisy_steps(replace(ARGS, sampler="flow-noise")) == (range(1), 4)
 
 
@@ -199,7 +211,7 @@ def test_what_was_not_executed_has_no_gradient(sampler):
             velocities.append(agent.velocity(look, x, t).detach().requires_grad_())
             return velocities[-1]
 
-    logprobs, _, _ = chain_logprobs(Recording(), look, chain, flat["first"], mask, args)
+    logprobs, _ = chain_logprobs(Recording(), look, chain, flat["first"], mask, args)
     logprobs.sum().backward()
     for gradient in [v.grad for v in velocities] + [chain.grad[:, m] for m in range(chain.shape[1])]:
         assert (gradient[mask == 0] == 0).all() and (gradient[mask == 1] != 0).any()
@@ -219,17 +231,17 @@ def test_before_any_step_the_ratio_is_one_also_after_a_reload(sampler, tmp_path)
         for t in range(args.num_steps):
             look = cache.look(batch["frame"][t], batch["state"][t])
             mask = executed_mask(batch["lengths"][t], batch["chain"][t, :, 0])
-            logprobs, _, _ = chain_logprobs(agent, look, batch["chain"][t], batch["first"][t], mask, args)
+            logprobs, _ = chain_logprobs(agent, look, batch["chain"][t], batch["first"][t], mask, args)
             assert torch.equal(logprobs, batch["logprobs"][t])
     save_file(agent.state_dict(), tmp_path / "agent.safetensors")
     reloaded = make_agent(args, seed=1)
     reloaded.load_state_dict(load_file(tmp_path / "agent.safetensors"))
-    again = FeatureCache(reloaded, cache.ids)
+    again = FeatureCache(reloaded)
     again.add(None, 1)
     with torch.no_grad():  # the policy that was saved, to the last bit
         look = again.look(batch["frame"][0], batch["state"][0])
         mask = executed_mask(batch["lengths"][0], batch["chain"][0, :, 0])
-        logprobs, _, _ = chain_logprobs(reloaded, look, batch["chain"][0], batch["first"][0], mask, args)
+        logprobs, _ = chain_logprobs(reloaded, look, batch["chain"][0], batch["first"][0], mask, args)
         assert torch.equal((logprobs - batch["logprobs"][0]).exp(), torch.ones(args.num_envs))
     for one, its_cache in ((reloaded, again), (agent, cache)):
         metrics = run_update(one, batch, its_cache, args)
@@ -317,33 +329,6 @@ def test_the_critic_sends_no_gradient_into_the_policy():
     assert all(q.grad is None for q in agent.model.parameters())
 
 
-@pytest.mark.parametrize("anchor", ["kl", "bc"])
-def test_the_anchor_pulls_back_to_the_starting_policy(anchor):
-    args = replace(ARGS, anchor=anchor, anchor_coef=100.0, update_epochs=1, num_minibatches=1)
-    agent = make_agent(args)
-    start = copy.deepcopy(agent.model.action_head)
-    batch, cache = collect(agent, args)
-    batch["advantages"].zero_()
-    rows = {key: batch[key].flatten(0, 1) for key in ("frame", "state", "chain", "first")}
-    targets = p.anchor_targets(agent, start, cache, rows, torch.Generator().manual_seed(0), args)
-    batch |= {key: value.unflatten(0, (4, 6)) for key, value in targets.items()}
-    at_start = run_update(copy.deepcopy(agent), batch, cache, args)["anchor"]
-    assert (at_start < 1e-6) if anchor == "kl" else (at_start > 0)
-    with torch.no_grad():
-        agent.model.action_head.action_decoder.layer2.b[31] += 0.2
-    losses = [run_update(agent, batch, cache, args)["anchor"].item() for _ in range(30)]
-    assert losses[0] > at_start and losses[-1] < 0.7 * losses[0]
-    if anchor == "kl":  # of two normals with the same standard deviation
-        with torch.no_grad():
-            look = cache.look(rows["frame"], rows["state"])
-            mask = executed_mask(batch["lengths"].flatten(), rows["chain"][:, 0])
-            _, _, [(mean, std)] = chain_logprobs(agent, look, rows["chain"], rows["first"], mask, args)
-            kl = torch.distributions.kl_divergence(Normal(mean, std), Normal(targets["start_mean"][:, 0], std))
-            expected = (kl * mask).sum((1, 2)).mean()
-            found = p.anchor_loss(agent, look, targets, [(mean, std)], mask, args)
-        torch.testing.assert_close(found, expected)
-
-
 # ---- the feature cache -----------------------------------------------------------------------------------------------
 
 
@@ -361,7 +346,7 @@ def test_cached_and_recomputed_features_give_equal_losses_and_duplicates_are_sto
     batch, cache = collect(agent, images=images)
     assert len(cache.features) == 5 and not cache.images and batch["frame"].unique().tolist() == [0, 1, 2, 3, 4]
     cached = run_update(copy.deepcopy(agent), batch, cache)
-    again = FeatureCache(agent, images[0])  # as if the backbone trained, though nothing of it does
+    again = FeatureCache(agent)  # as if the backbone trained, though nothing of it does
     again.frozen = False
     order = [image for image in images[1]]
     frames = {tuple(image.flatten().tolist()) for image in order}
@@ -374,7 +359,7 @@ def test_cached_and_recomputed_features_give_equal_losses_and_duplicates_are_sto
         torch.randn(6, config.state_dim, generator=g)
         again.add(images[1][torch.randint(5, (6,), generator=g)], 6)
         torch.randn(6, 5, config.action_horizon, config.action_dim, generator=g)
-        torch.randint(3, (6,), generator=g), torch.randint(1, 4, (6,), generator=g)
+        torch.randint(4, (6,), generator=g), torch.randint(1, 4, (6,), generator=g)
         [torch.randn(6, generator=g) for _ in range(4)]
     assert len(again.images) == 5
     fresh = run_update(copy.deepcopy(agent), batch, again)
@@ -382,40 +367,37 @@ def test_cached_and_recomputed_features_give_equal_losses_and_duplicates_are_sto
         torch.testing.assert_close(torch.as_tensor(fresh[key]), torch.as_tensor(cached[key]), rtol=1e-4, atol=1e-5)
 
 
-def test_a_backbone_that_trains_gets_its_gradient():
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_backbone_that_trains_gets_its_gradient(moves):
     config = GR00TConfig.tiny(image_size=16, patch_size=8, **(SMALL | dict(vl_heads=4, vl_head_dim=16)))
-    args = replace(ARGS, unfreeze=("3:1",))
+    args = replace(ARGS, tune_llm=moves)
     agent = make_agent(args, config=config)
-    last = "backbone.eagle_model.language_model.model.layers.1.mlp.up_proj.weight"
-    for iteration, moves in ((2, False), (3, True)):
-        p.set_trainable(agent.model, {}, args, iteration)
-        before = copy.deepcopy(agent.model.state_dict())
-        batch, cache = collect(agent, args, images=tiny_images(config))
-        assert cache.frozen != moves
-        metrics = run_update(agent, batch, cache, args)
-        assert metrics["first_ratio_error"] < 1e-5
-        assert torch.equal(agent.model.state_dict()[last], before[last]) != moves
-        first = last.replace("layers.1", "layers.0")
-        assert torch.equal(agent.model.state_dict()[first], before[first])
+    before = copy.deepcopy(agent.model.state_dict())
+    batch, cache = collect(agent, args, images=tiny_images(config))
+    assert cache.frozen != moves
+    metrics = run_update(agent, batch, cache, args)
+    assert metrics["first_ratio_error"] < 1e-5
+    for layer in ("layers.0", "layers.1"):
+        name = f"backbone.eagle_model.language_model.model.{layer}.mlp.up_proj.weight"
+        assert torch.equal(agent.model.state_dict()[name], before[name]) != moves
 
 
 def test_adapters_train_alone_and_merge_into_a_whole_model():
     args = replace(ARGS, lora_rank=4)
     agent = make_agent(args)
     plain = copy.deepcopy(agent.model.state_dict())
-    adapters = p.add_lora(agent.model, args)
-    p.set_trainable(agent.model, adapters, args, 1)
+    adapters = add_lora(agent.model, args)
     assert adapters and all(not m.training for m in agent.model.modules())
     batch, cache = collect(agent, args)
     metrics = run_update(agent, batch, cache, args)
     assert metrics["first_ratio_error"] < 1e-5
-    with p.merged(agent.model, adapters):
-        merged = copy.deepcopy(agent.model.state_dict())
-    assert merged.keys() == plain.keys()
-    changed = {name for name in plain if not torch.equal(plain[name], merged[name])}
+    with merged(agent.model, adapters):
+        whole = copy.deepcopy(agent.model.state_dict())
+    assert whole.keys() == plain.keys()
+    changed = {name for name in plain if not torch.equal(plain[name], whole[name])}
     weights = {f"{name}.weight" for name in adapters}
     assert weights <= changed
-    assert all(name in weights or p.group_of(name) == "tune_projector" for name in changed)
+    assert all(name in weights or group_of(name) == "tune_projector" for name in changed)
 
 
 class OneFrame:
@@ -434,13 +416,14 @@ def full_size_step(config: GR00TConfig, device: str, args: Args) -> tuple[Agent,
         model = GR00T(config)
         for q in model.backbone.parameters():
             q.data = q.data.to(torch.bfloat16 if args.amp == "bf16" else torch.float32)
-        agent = Agent(model, 31, args)
-        p.set_trainable(model, {}, args, 1)
+        agent = Agent(model, 31, torch.tensor([[3, 1, 4]]), args)
+        freeze(model, args)
         if device == "meta":  # the backbone counts its image tokens, which needs numbers
             features = torch.zeros(1, 294, 2048)
         else:
             ids, images = tiny_images(config, 1)
-            features = agent.backbone(ids.to(device), images, 1).detach()
+            agent.prompt = ids.to(device)
+            features = agent.backbone(images, 1).detach()
         cache, state = OneFrame(agent, features), torch.zeros(2, config.state_dim)
         look = cache.look(torch.zeros(2, dtype=torch.int64), state)
         assert look["vl"].shape == (1, features.shape[1], config.vl_width)
@@ -452,7 +435,7 @@ def full_size_step(config: GR00TConfig, device: str, args: Args) -> tuple[Agent,
         values = agent.value(look["condition"]).detach()
         batch = dict(frame=torch.zeros_like(first), state=state, condition=look["condition"], chain=chain, first=first,
                      lengths=lengths, logprobs=logprobs, values=values, rewards=values, returns=values + 1,
-                     advantages=torch.tensor([1.0, -1.0]))  # fmt: skip
+                     advantages=torch.tensor([1.0, -1.0]), valid=torch.ones(2, dtype=torch.bool, device="cpu"))  # fmt: skip
     metrics = run_update(agent, {key: value[None] for key, value in batch.items()}, cache, args)
     return agent, metrics
 
@@ -547,9 +530,7 @@ def test_gae_over_chunks_is_the_per_step_definition(lam):
 # ---- it learns -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "sampler, noisy_step", [("flow-sde", "ignore-last"), ("flow-sde", "last"), ("flow-noise", "last")]
-)
+@pytest.mark.parametrize("sampler, noisy_step", [("flow-sde", "any"), ("flow-sde", "last"), ("flow-noise", "last")])
 def test_a_one_step_bandit_is_solved(sampler, noisy_step):
     """The state names the best action; the plain flow, which was never rewarded itself, must find it."""
     args = replace(
@@ -558,6 +539,7 @@ def test_a_one_step_bandit_is_solved(sampler, noisy_step):
     )  # fmt: skip
     config = GR00TConfig.lite(8, **(SMALL | dict(action_horizon=1, num_future_tokens=1, state_dim=4)))
     agent = make_agent(args, config=config)
+    agent.prompt = torch.tensor([[1]])
     g, errors = torch.Generator().manual_seed(0), []
     actor = [q for q in agent.model.parameters() if q.requires_grad]
     actor += list(agent.noise_net.parameters()) if agent.noise_net else []
@@ -565,7 +547,7 @@ def test_a_one_step_bandit_is_solved(sampler, noisy_step):
     rate = 3e-3 if sampler == "flow-sde" else 1e-3  # two noisy steps and narrower noise: a sharper ratio
     optimizer, scaler = torch.optim.Adam(groups, lr=rate), torch.amp.GradScaler("cpu", enabled=False)
     for _ in range(60 if sampler == "flow-sde" else 90):
-        cache = FeatureCache(agent, torch.tensor([[1]]))
+        cache = FeatureCache(agent)
         frame, state = cache.add(None, 128), torch.rand(128, 4, generator=g) * 2 - 1
         noise = torch.randn(128, 3, 1, 6, generator=g)
         lengths, first = torch.ones(128, dtype=torch.int64), torch.full((128,), p.noisy_steps(args)[0].start)
@@ -580,6 +562,8 @@ def test_a_one_step_bandit_is_solved(sampler, noisy_step):
         value = agent.value(look["condition"]).detach()
         batch = dict(frame=frame, state=state, chain=chain, first=first, lengths=lengths, logprobs=logprobs, values=value,
                      condition=look["condition"], rewards=reward, returns=reward, advantages=reward - value)  # fmt: skip
-        p.update(agent, optimizer, scaler, {k: v[None] for k, v in batch.items()}, cache, args, g, WORLD)
+        batch |= {"valid": lengths > 0}
+        loss_of = partial(p.minibatch_loss, cache=cache)
+        p.update(agent, loss_of, optimizer, scaler, {k: v[None] for k, v in batch.items()}, args, g, WORLD)
         agent.statistics.update(look["condition"])
     assert errors[-1] < 0.25 * errors[0], (errors[0], errors[-1])

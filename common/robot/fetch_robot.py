@@ -6,6 +6,7 @@ Dims: N environments, D = 28 state numbers, 4 action numbers, H actions of a chu
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import gymnasium as gym
 import mujoco
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 
 from common.cli import fail
-from common.robot.data_configs import DataConfig
+from common.robot.data_configs import DataConfig, find_data_config
 from common.robot.fetch import FetchVec, import_robotics
-from common.robot.policy import Interface
+from common.robot.gr00t_n15 import EMBODIMENTS
+from common.robot.policy import Interface, read_stored
 from common.video import no_renderer
 
 INSTRUCTIONS = {
@@ -98,6 +100,25 @@ def misfit(config: DataConfig) -> str:
     if config.video not in ((), ("front",)):
         return f"it is drawn from the camera 'front' alone, not from {', '.join(config.video)}"
     return ""
+
+
+def read_interface(args) -> tuple:
+    """args, and the Interface of the checkpoint args.model_path. What is missing ends the program, nothing is guessed.
+
+    args: a GR00TArgs; the folder, the data config and the embodiment that are meant come back in it.
+    """
+    stored = read_stored(args.model_path)
+    tag = args.embodiment_tag or stored.args.get("embodiment_tag") or "new_embodiment"
+    name = args.data_config or stored.args.get("data_config") or "fetch"
+    modalities = stored.metadata.get(tag, {}).get("modalities", dict.fromkeys(("video", "state", "action"), {}))
+    config = find_data_config(name, modalities | {"language": {"": {}}})
+    if not stored.sees:
+        config = replace(config, video=())
+    metadata = stored.embodiment(tag, config)
+    if reason := misfit(config):
+        fail(f"--data-config {name} does not fit Fetch: {reason}; fine-tune '{args.model_path}' on Fetch first")
+    args = replace(args, model_path=str(stored.folder), data_config=name, embodiment_tag=tag)
+    return args, Interface(config, metadata, EMBODIMENTS[tag])
 
 
 class FetchRobot:

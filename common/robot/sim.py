@@ -17,10 +17,11 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from safetensors.numpy import load_file, save_file
 
-from common.cli import at_least, fail
+from common.cli import at_least, fail, positive
 from common.parallel import World
 from common.robot import fetch
 from common.run import Run, RunArgs
+from common.stats import wilson
 
 
 @dataclass
@@ -62,10 +63,14 @@ def set_up_torch(args: SimArgs) -> None:
     torch.use_deterministic_algorithms(args.torch_deterministic)
 
 
-def check_batch(args, batch_steps: int, world: World) -> None:
-    """The arithmetic of an iteration, which takes `batch_steps` environment steps."""
+def check_numbers(args, batch_steps: int, world: World) -> None:
+    """What both PPO scripts ask of their numbers; an iteration takes `batch_steps` environment steps."""
     at_least(1, args, "num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden", "env_groups")
     at_least(1, args, "eval_episodes", "video_episodes")
+    at_least(0, args, "target_kl", "ent_coef", "vf_coef")
+    positive(args, "learning_rate", "clip_coef", "max_grad_norm")
+    if not 0 < args.gamma <= 1 or not 0 <= args.gae_lambda <= 1:
+        fail(f"--gamma {args.gamma} --gae-lambda {args.gae_lambda}: both lie between 0 and 1")
     turn = world.size * args.env_groups
     if args.num_envs % turn:
         fail(
@@ -92,7 +97,7 @@ def physics_threads(count: int | None) -> ThreadPoolExecutor:
 def make_envs(args, num_envs: int, backend: str, pool: ThreadPoolExecutor | None = None, **kwargs) -> VectorEnv:
     """`num_envs` of args.env_id that reset in the step that ends an episode (its last observation is in the infos)."""
     if backend == "native":
-        return fetch.FetchVec(args.env_id, num_envs, args.num_threads, pool=pool)
+        return fetch.FetchVec(args.env_id, num_envs, args.num_threads, pool=pool, **kwargs)
     if fetch.is_fetch(args.env_id):
         fetch.import_robotics()
     mode = "async" if backend == "gymnasium-async" else "sync"
@@ -161,6 +166,25 @@ class Episodes:
                 found.append(episode | ({} if distance is None else {"final_distance": float(distance[i])}))
             self.whole[i], self.length[i], self.ret[i], self.once[i] = True, 0, 0.0, False
         return found
+
+
+def summary(episodes: list[dict], prefix: str) -> dict[str, float]:
+    """Means over episodes; the success rate with its interval."""
+    if not episodes:
+        return {}
+    n, mean = len(episodes), lambda key: float(np.mean([e[key] for e in episodes]))
+    metrics = {f"{prefix}/episodic_return": mean("return"), f"{prefix}/episodic_length": mean("length")}
+    if "success" in episodes[0]:
+        low, high = wilson(sum(e["success"] for e in episodes), n, z=1.96)
+        metrics |= {
+            f"{prefix}/success_rate": mean("success"),
+            f"{prefix}/success_rate_low": low,
+            f"{prefix}/success_rate_high": high,
+            f"{prefix}/success_once": mean("success_once"),
+        }
+    if "final_distance" in episodes[0]:
+        metrics[f"{prefix}/final_distance"] = mean("final_distance")
+    return metrics
 
 
 def outcome(run: Run, state: dict, start: str) -> str:
