@@ -22,7 +22,6 @@ Dims: B samples, V cameras, S tokens, H = 16 action steps, D = 32 padded action 
 Equations next to symbols, metrics and results: docs/gr00t_finetune.md.
 """
 
-import hashlib
 import math
 import sys
 import time
@@ -54,9 +53,9 @@ from common.robot.report import Tally, describe, draw_open_loop, in_words, open_
 from common.robot.transforms import ACTION_DIM, HORIZON, pixel_values
 from common.run import FREE, Run, RunArgs
 from common.stats import wilson
+from common.streams import stream, stream_seed
 from common.video import no_renderer
 
-ROOT = Path(__file__).resolve().parent
 Batch = dict[str, Tensor]
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
@@ -167,6 +166,7 @@ RECIPES = {
     "full": FULL | dict(max_steps=10_000, batch_size=32, noises_per_sample=1, learning_rate=1e-4),
 }
 FIGURES = 3  # held-out episodes that are drawn
+EVALUATION = 0  # seed of the noise in evaluations, whatever --seed is
 FRESH = {"tiny": partial(GR00TConfig.tiny, patch_size=16), "lite": GR00TConfig.lite}  # 16 tokens a picture
 
 
@@ -180,7 +180,7 @@ def resolve(args: Args) -> Args:
     recipe = RECIPES[args.model_path if args.model_path in FRESH else "full"]
     args = replace(
         args,
-        dataset_path=args.dataset_path or (str(ROOT / "assets" / "fetch_demos"),),
+        dataset_path=args.dataset_path or ("assets/fetch_demos",),
         embodiment_tag=args.embodiment_tag or "new_embodiment",
         tune_llm=args.tune_llm or args.model_path in FRESH,  # nothing random stays as it is
         tune_visual=args.tune_visual or args.model_path in FRESH,
@@ -265,7 +265,7 @@ def validation_episodes(count: int, held_out: int | None) -> list[int]:
 def hold_out(data: Demonstrations, args: Args) -> Split:
     held = data.split([validation_episodes(len(episodes.ids), args.val_episodes) for episodes in data.sets])
     if args.max_samples and args.max_samples < len(held.rows):
-        held.rows = np.sort(np.random.default_rng(args.seed).choice(held.rows, args.max_samples, replace=False))
+        held.rows = np.sort(stream(args.seed, "frames").choice(held.rows, args.max_samples, replace=False))
     if args.eval_only and not held.val_episodes:
         fail("--eval-only needs held-out episodes; --val-episodes is 0 or the data set has one episode")
     return held
@@ -273,18 +273,15 @@ def hold_out(data: Demonstrations, args: Args) -> Split:
 
 @dataclass
 class Plan:
-    """Which samples a batch is made of."""
+    """Which samples a batch is made of, and from which random stream each takes its augmentation, noise and time."""
 
     rows: np.ndarray  # (B,)
-    draws: np.ndarray  # (B,) how many samples were drawn before each: seeds its augmentation, noise and time
+    draws: np.ndarray  # (B,) numbers of the samples' streams: how many samples were drawn before, or the row
+    stream: str = "training"
+    seed: int = EVALUATION  # of the run in training; evaluations draw the same in every run
     length: int = 0  # S: prompts are padded to this, at least
-    stream: int = 0  # 0: training, 1: validation, 2: open loop
     augment: bool = False
     noises: int = 1  # R: noises and times of each sample
-
-
-def draw_rng(seed: int, stream: int, draw: int) -> np.random.Generator:
-    return np.random.default_rng([seed, stream, draw])
 
 
 class Samples(Dataset):
@@ -295,12 +292,12 @@ class Samples(Dataset):
     (B * R, 16, 32) and t (B * R,), R = `plan.noises` in a row for each sample.
     """
 
-    def __init__(self, data: Demonstrations, config: GR00TConfig, seed: int):
-        self.data, self.config, self.seed = data, config, seed
+    def __init__(self, data: Demonstrations, config: GR00TConfig):
+        self.data, self.config = data, config
 
     def __getitem__(self, plan: Plan) -> Batch:
         c, R = self.config, plan.noises
-        rngs = [draw_rng(self.seed, plan.stream, int(draw)) for draw in plan.draws]
+        rngs = [stream(plan.seed, plan.stream, draw) for draw in plan.draws]
         # eq: s ~ Beta(1.5, 1): small t, that is much noise, is drawn more often
         t = [flow_time(rng.beta(c.noise_beta_alpha, c.noise_beta_beta, R), c) for rng in rngs]
         noise = [rng.standard_normal((R, HORIZON, ACTION_DIM), dtype=np.float32) for rng in rngs]
@@ -327,9 +324,9 @@ class Order:
         if len(self.pools) == 1:
             epoch, i = divmod(draw, len(self.pools[0]))
             if self.permutation[0] != epoch:
-                self.permutation = (epoch, np.random.default_rng(self.seed + epoch).permutation(self.pools[0]))
+                self.permutation = (epoch, stream(self.seed, "epoch", epoch).permutation(self.pools[0]))
             return int(self.permutation[1][i])
-        rng = np.random.default_rng(list(hashlib.sha256(f"{self.seed}/{draw}".encode()).digest()))
+        rng = stream(self.seed, "mixture", draw)
         n = rng.choice(len(self.weights), p=self.weights)
         pool = self.pools[n] if self.by_frame else self.by_episode[n][rng.integers(len(self.by_episode[n]))]
         return int(pool[rng.integers(len(pool))])
@@ -342,9 +339,9 @@ def plans(order: Order, data: Demonstrations, args: Args, world: World, first: i
     for step in range(first, args.max_steps):
         draws = np.arange(step * args.batch_size, (step + 1) * args.batch_size)
         rows = np.array([order.row(int(draw)) for draw in draws])
-        length = data.longest_prompt(rows)
+        shared = dict(length=data.longest_prompt(rows), augment=args.augment, noises=args.noises_per_sample)
         for part in own:
-            yield Plan(rows[part], draws[part], length, augment=args.augment, noises=args.noises_per_sample)
+            yield Plan(rows[part], draws[part], seed=args.seed, **shared)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -359,7 +356,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def load_model(args: Args, stored: Stored, run: Run) -> tuple[GR00T, dict[str, LoRALinear]]:
     """The model with what trains unfrozen, and its adapters. What is frozen is stored as autocast computes it."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(stream_seed(args.seed, "weights") % 2**63)
     if args.model_path in FRESH and not run.checkpoint:
         model = GR00T.toy(FRESH[args.model_path](mask_padding=args.mask_padding), args.attn_implementation)
         model = model.to(run.world.device)
@@ -374,7 +371,7 @@ def load_model(args: Args, stored: Stored, run: Run) -> tuple[GR00T, dict[str, L
         )
     if args.model_path in FRESH:
         model.carried = {}  # made anew by every save of such a model, as if it had never been loaded
-    torch.manual_seed(args.seed)
+    torch.manual_seed(stream_seed(args.seed, "adapters") % 2**63)
     adapters = trained_parts(model, args)
     if args.compile:
         model.compile_head()
@@ -528,7 +525,7 @@ def validate(model: GR00T, samples: Samples, rows: np.ndarray, args: Args) -> di
     chosen = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
     tally = Tally(model.device)
     for part in pieces(np.arange(count), args.batch_size):
-        batch = to_device(samples[Plan(chosen[part], part, stream=1)], model.device)
+        batch = to_device(samples[Plan(chosen[part], part, "validation")], model.device)
         with autocast(args, model.device):
             error, valid, t = velocity_error(model, batch, batch["noise"], batch["t"])
         tally.add(error, valid, t)
@@ -555,7 +552,7 @@ def predict_chunks(model: GR00T, batches: Iterable[dict], args: Args, num_steps:
 
 def predict_rows(model: GR00T, samples: Samples, rows: np.ndarray, args: Args, num_steps: int) -> np.ndarray:
     """The same for recorded rows; the noise depends on the row alone."""
-    batches = (samples[Plan(part, part, stream=2)] for part in pieces(rows, args.batch_size))
+    batches = (samples[Plan(part, part, "open loop")] for part in pieces(rows, args.batch_size))
     return predict_chunks(model, batches, args, num_steps).numpy()
 
 
@@ -632,7 +629,7 @@ def closed_loop(model: GR00T, samples: Samples, env_id: str, args: Args) -> dict
     once, final = np.zeros(n, bool), np.zeros(n, bool)
     for step in range(envs.max_episode_steps):
         if step % args.execute_steps == 0:
-            rngs = [draw_rng(args.seed, 3, step * n + i) for i in range(n)]
+            rngs = [stream(EVALUATION, "closed loop", step, i) for i in range(n)]
             noise = np.stack([rng.standard_normal((HORIZON, ACTION_DIM), dtype=np.float32) for rng in rngs])
             noises = torch.from_numpy(noise).split(args.batch_size)
             looks = robot.look(envs, obs, args.batch_size)
@@ -644,7 +641,7 @@ def closed_loop(model: GR00T, samples: Samples, env_id: str, args: Args) -> dict
         once |= final
     envs.close()
     robot.close()
-    low, high = wilson(final.sum(), n, z=1.96)
+    low, high = wilson(final.sum(), n)
     found = dict(success_rate=final.mean(), success_rate_low=low, success_rate_high=high, success_once=once.mean())
     return {f"closed_loop/{env_id.removesuffix('-v4')}/{name}": float(value) for name, value in found.items()}
 
@@ -720,7 +717,7 @@ def train(model: GR00T, adapters: dict, samples: Samples, held: Split, metadata:
 
     for step in run.steps(args.max_steps):
         # 1. an optimizer step. dropout: a stream per step and process, so that a run can go on anywhere
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, step + 1, world.rank]).generate_state(1)[0]))
+        torch.manual_seed(stream_seed(args.seed, "dropout", step, world.rank) % 2**63)
         set_training(model, adapters)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
@@ -778,7 +775,7 @@ def main(args: Args) -> None:
             used = held.val_episodes if args.eval_only else held.val_episodes + held.episodes
             cache_dir = Path(args.cache_dir or f"{args.output_dir}/frame_cache")
             data.open_frames(used, cache_dir, args.cache_side, run.world)
-        samples = Samples(data, model.config, args.seed)
+        samples = Samples(data, model.config)
         if not args.eval_only:
             train(model, adapters, samples, held, metadata, args, run)
         elif run.world.main or args.fsdp:

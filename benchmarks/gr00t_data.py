@@ -26,6 +26,7 @@ from common.robot.demonstrations import prepared
 from common.robot.gr00t_n15 import GR00T
 from common.robot.policy import Stored, model_tokenizer
 from common.robot.transforms import encode, transform_images
+from common.streams import stream
 
 
 @dataclass
@@ -97,7 +98,7 @@ def main(args: Args) -> None:
         model = GR00T.toy(g.FRESH["tiny"]())
         data.interface.prepare(model.config, model_tokenizer(model.config), data.instructions)
         data.interface.image_size = args.size
-        samples = g.Samples(data, model.config, settings.seed)
+        samples = g.Samples(data, model.config)
         rng = np.random.default_rng(0)
         few, many = (rng.integers(0, len(data.end), n) for n in (args.items, 10 * args.items))
         for row in few[:5]:  # the same pictures
@@ -107,7 +108,7 @@ def main(args: Args) -> None:
             samples[g.Plan(np.array([row]), np.array([row]), augment=True)]
 
         def reopened_item(row: int) -> None:
-            transform_images(reopened(data, row)[1], args.size, g.draw_rng(0, 0, row))
+            transform_images(reopened(data, row)[1], args.size, stream(0, "training", row))
 
         def read(row: int) -> None:
             data.frames(row), data.state[row], data.actions(np.array([row]))

@@ -21,6 +21,7 @@ from common.robot.data_configs import DATA_CONFIGS, DataConfig, check_keys, find
 from common.robot.demonstrations import Demonstrations
 from common.robot.gr00t_n15 import GR00TConfig
 from common.run import World
+from common.streams import stream
 from gr00t_finetune import Args, Order, Plan, Samples
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -107,7 +108,7 @@ def open_frames(data: Demonstrations, args: Args, positions, size: int) -> None:
 
 
 def samples_of(data: Demonstrations) -> Samples:
-    return Samples(data, GR00TConfig(), 3)
+    return Samples(data, GR00TConfig())
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_parity_of_items_with_the_reference(demo):
             transforms.encode("action", {k: v[rows] for k, v in raw["action"].items()}, config, data.metadata), 32
         )
         assert np.abs(state - item["state"]).max() <= 1e-12 and np.abs(action - item["action"]).max() <= 1e-12
-        batch = samples_of(data)[Plan(np.array([row]), np.array([0]), 0)]
+        batch = samples_of(data)[Plan(np.array([row]), np.array([0]))]
         assert np.abs(batch["state"][0].numpy() - item["state"]).max() < 1e-7  # float32 of the same
         assert np.abs(batch["action"][0].numpy() - item["action"]).max() < 1e-7
         assert batch["action_mask"][0].tolist() == item["action_mask"]
@@ -267,7 +268,7 @@ def test_past_the_end_absolute_actions_repeat_and_relative_ones_are_zero(data):
     raw = transforms.decode_actions(action[:, : data.dims].astype(np.float64), data.config, data.metadata)
     assert (action[1:, :8] == action[0, :8]).all()
     assert np.abs(raw["speed"][1:]).max() < 1e-6 and np.abs(raw["speed"][0]).max() > 1e-3
-    batch = samples_of(data)[Plan(np.array([last]), np.array([0]), 0)]
+    batch = samples_of(data)[Plan(np.array([last]), np.array([0]))]
     assert batch["action_mask"][0, :, :10].all() and not batch["action_mask"][0, :, 10:].any()  # steps: all valid
 
 
@@ -362,7 +363,7 @@ def test_bundled_tokenizer_gets_the_image_tokens_behind_its_own():
 
 def test_prompts_of_different_length_are_padded_on_the_left(data):
     rows = np.array([0, 20])  # tasks 0 and 1, prompts of 5 and 6 tokens
-    batch = samples_of(data)[Plan(rows, rows, 8)]
+    batch = samples_of(data)[Plan(rows, rows, length=8)]
     assert batch["eagle_input_ids"].tolist() == [[99, 99, 99, 0, 1, 2, 3, 4], [99, 99, 0, 1, 2, 3, 4, 5]]
     assert batch["eagle_attention_mask"].tolist() == [[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]]
 
@@ -405,12 +406,32 @@ def test_batches_do_not_depend_on_how_they_are_cut_or_on_workers(data):
             assert torch.equal(torch.cat([piece[name] for piece in pieces]), whole[step][name]), name
 
 
+def test_no_two_draws_of_a_run_or_of_a_neighbour_share_a_stream(data, monkeypatch):
+    """Evaluations draw the same in every run, everything else is the seed's own."""
+    asked = []
+    monkeypatch.setattr(g, "stream", lambda *key: asked.append(key) or stream(*key))
+    rows = np.arange(60)
+    for seed in (42, 43):
+        args = Args(batch_size=8, max_steps=20, seed=seed, max_samples=9, noises_per_sample=1)
+        order = Order(data, rows, args)
+        list(map(samples_of(data).__getitem__, g.plans(order, data, args, WORLD, 0)))
+        g.hold_out(data, args)
+    assert {(key[0], key[1]) for key in asked} == {(s, n) for s in (42, 43) for n in ("training", "epoch", "frames")}
+    epochs = {key for key in asked if key[1] == "epoch"}
+    assert len({tuple(stream(*key).permutation(60)) for key in epochs}) == len(epochs) == 6
+    firsts = {key: stream(*key).random() for key in asked}
+    assert len(set(firsts.values())) == len(firsts)
+    asked.clear()
+    samples_of(data)[Plan(rows[:4], rows[:4], "validation")]
+    assert asked == [(g.EVALUATION, "validation", i) for i in range(4)]
+
+
 def test_noise_and_times_have_their_moments(data):
     rows = np.zeros(4000, dtype=int)
     bare = g.replace(data.config, video=())
-    t = np.array([(0.999 - g.draw_rng(3, 0, i).beta(1.5, 1.0)) / 0.999 for i in range(4000)])
+    t = np.array([(0.999 - stream(0, "training", i).beta(1.5, 1.0)) / 0.999 for i in range(4000)])
     assert abs(t.mean() - 0.4) < 0.015 and abs(t.std() - 0.262) < 0.01 and -0.0011 < t.min() and t.max() < 1
-    batch = samples_of(data)[Plan(rows[:500], np.arange(500), 0)]
+    batch = samples_of(data)[Plan(rows[:500], np.arange(500))]
     assert abs(batch["noise"].mean()) < 0.01 and abs(batch["noise"].std() - 1) < 0.01
     assert torch.allclose(batch["t"][:50], torch.from_numpy(t[:50]).float()) and bare.video == ()
 
