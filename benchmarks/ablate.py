@@ -32,7 +32,8 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from grpo_arithmetic import EVAL_BANDS, draw_problem, extract_answer, load_problems, wilson
+from common.stats import wilson
+from grpo_arithmetic import EVAL_BANDS, draw_problem, extract_answer, load_problems
 
 RESULTS = ROOT / "docs" / "results" / "ablations"
 CLAIMS = ROOT / "docs" / "origin_claims.md"
@@ -71,7 +72,7 @@ BASE = {
     "eval_every": 20, "eval_samples": 4, "save_every": 0, "log_completions": 1, "keep": 1,
     # the defaults of the bundled model, written out so that equal runs have equal flags
     "beta": 0.1, "loss_type": "grpo", "scale_rewards": "group", "temperature": 0.7, "num_iterations": 1,
-    "learning_rate": 3e-4, "rewards": "binary", "curriculum": "none", "max_completion_length": 16,
+    "learning_rate": 3e-4, "rewards": "binary", "max_completion_length": 16,
 }  # fmt: skip
 
 
@@ -158,9 +159,9 @@ GRIDS: dict[str, tuple[str, list[Setting]]] = {
     "curriculum": (
         "Do levels of growing difficulty help? (960 fixed problems, or what a level has)",
         [
-            Setting("uniform", fixed(960, STEPS)),
+            mixture("uniform", ("arithmetic",), (1,), **fixed(960, STEPS)),
             *(
-                Setting(c, fixed(960, STEPS) | {"curriculum": c})
+                mixture(c, ("arithmetic",), (1,), **fixed(960, STEPS), curriculum=c)
                 for c in ("three_stage", "progressive", "dynamic")
             ),
         ],
@@ -356,7 +357,8 @@ def supervised(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from grpo_arithmetic import TINY_MODEL, Level
+    from common.language.lm import TINY_MODEL
+    from grpo_arithmetic import Level
 
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 3])

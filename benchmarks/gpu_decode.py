@@ -31,7 +31,8 @@ sys.path.insert(0, str(ROOT))
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import grpo_arithmetic as grpo
-from common.run import fail
+from common.cli import fail
+from common.language.decode import Decoder, GraphDecoder, additive, pad_right
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied: the Qwen2 family's published configurations
 SIZES = {
@@ -62,8 +63,6 @@ class Args:
     """length N of every completion; 64 tokens in all are one bucket of columns"""
     repeats: int = 5
     """timed rollouts of each length; the median counts"""
-    race: bool = False
-    """sample by the race in the rollouts; both ways are timed by themselves in any case"""
     reduced: bool = False
     """the toy architecture, two small batches, few tokens"""
 
@@ -87,8 +86,8 @@ def kv_bytes(size: str, dtype: torch.dtype) -> int:
 
 def decoder_of(model, mode: str):
     """What --decode MODE makes of a sampling model."""
-    model.set_attn_implementation("sdpa" if mode == "eager" else "packed")
-    return None if mode == "eager" else grpo.Decoder(model, mode == "compile")
+    model.set_attn_implementation("sdpa")
+    return Decoder(model) if mode == "eager" else GraphDecoder(model, mode == "compile")
 
 
 def rollout(model, decoder, args: Args, B: int, N: int, temperature: float = 0.7, seed: int = 0):
@@ -100,7 +99,7 @@ def rollout(model, decoder, args: Args, B: int, N: int, temperature: float = 0.7
     noise = torch.rand(B, N, generator=draw)
     return prompts, *grpo.generate(
         model, prompts, num_generations=G, max_new_tokens=N, temperature=temperature, noise=noise,
-        stop_ids=[vocabulary], pad_id=0, race=args.race, decoder=decoder,
+        stop_ids=[vocabulary], pad_id=0, decoder=decoder,
     )  # fmt: skip
 
 
@@ -156,30 +155,26 @@ def speed(args: Args) -> list[dict]:
                 "rollout_tokens_per_s": B * args.new_tokens / total, "peak_MB": peak,
             }  # fmt: skip
             row = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
-            rows.append(row | {"fallbacks": decoder.fallbacks if decoder else 0})
+            rows.append(row | {"fallbacks": decoder.fallbacks})
             print(json.dumps(rows[-1]), flush=True)
             del decoder, whole, first  # and their buffers
     return rows
 
 
 def sampling(args: Args) -> list[dict]:
-    """Milliseconds to sample a token from each row of finished logits, by both ways, op by op and compiled."""
+    """Milliseconds to sample a token from each row of finished logits, op by op and compiled."""
     B, vocabulary = max(args.compile_batch_sizes), SIZES[args.size][5]
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(B, vocabulary, generator=draw).to(args.device, torch.bfloat16)
-    uniform, rows = torch.rand(B, generator=draw).to(args.device), []
-    for race in (False, True):
-        compiled = torch.compile(grpo.sample_tokens, dynamic=False, fullgraph=True)
-        tokens = []
-        for name, sample in (("eager", grpo.sample_tokens), ("compiled", compiled)):
-            once = partial(sample, logits, uniform, 0.7, vocabulary, race)
-            tokens.append(once()[0])
-            took = 1e3 * seconds(once, 4 * args.repeats, args.device)
-            rows.append(
-                {"sampling": "race" if race else "inverse CDF", "run": name, "B": B, "ms": float(f"{took:.4g}")}
-            )
-            rows[-1]["equal_to_eager"] = float(f"{(tokens[0] == tokens[-1]).float().mean():.4g}")
-            print(json.dumps(rows[-1]), flush=True)
+    uniform, rows, tokens = torch.rand(B, generator=draw).to(args.device), [], []
+    compiled = torch.compile(grpo.sample_tokens, dynamic=False, fullgraph=True)
+    for name, sample in (("eager", grpo.sample_tokens), ("compiled", compiled)):
+        once = partial(sample, logits, uniform, 0.7, vocabulary)
+        tokens.append(once()[0])
+        took = 1e3 * seconds(once, 4 * args.repeats, args.device)
+        rows.append({"sampling": name, "B": B, "ms": float(f"{took:.4g}")})
+        rows[-1]["equal_to_eager"] = float(f"{(tokens[0] == tokens[-1]).float().mean():.4g}")
+        print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -206,7 +201,7 @@ def numerics(args: Args) -> dict[str, float | bool]:
     prompts, ids, mask, sampled = rollout(sampler, decoder_of(sampler, "graph"), args, B, N, temperature=1.0)
     model.set_attn_implementation("sdpa")
     model.requires_grad_(True)
-    prompt_ids, lengths = grpo.pad_right(prompts, 0, model.device)
+    prompt_ids, lengths = pad_right(prompts, 0, model.device)
     for share_prompt in (True, False):
         with torch.autocast(args.device, torch.bfloat16):
             logp, _ = grpo.token_logprobs(
@@ -228,7 +223,7 @@ def numerics(args: Args) -> dict[str, float | bool]:
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = (torch.randn(2, 4, 8, 64, device=args.device, dtype=dtype, requires_grad=True) for _ in range(3))
         hidden = torch.zeros(2, 1, 8, 8, dtype=torch.bool, device=args.device)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=grpo.additive(hidden, dtype))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=additive(hidden, dtype))
         out.sum().backward()
         finite = all(bool(torch.isfinite(x).all()) for x in (out, q.grad, k.grad, v.grad))
         found[f"SDPA finite on fully masked rows, {str(dtype).removeprefix('torch.')}"] = finite
@@ -248,7 +243,7 @@ def main(args: Args) -> None:
     wrong = [name for name, value in found.items() if value is False]
     wrong += [name for name, value in found.items() if "share of completions" in name and value < 0.95]
     wrong += [name for name, value in found.items() if "rows: mean" in name and value > 0.05]
-    wrong += [f"{row['sampling']}, {row['run']}" for row in drawn if row["equal_to_eager"] < 0.95]
+    wrong += [f"sampling {row['sampling']}" for row in drawn if row["equal_to_eager"] < 0.95]
     if args.device == "cuda":
         wrong += [f"{row['decode']} at B = {row['B']} fell back" for row in rows if row["fallbacks"]]
     if wrong:

@@ -16,10 +16,11 @@ from conftest import ROOT, make_model
 from test_grpo_model import ARCHITECTURES, PROMPTS, SAMPLING
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_arithmetic import Decoder, append_tokens, decode_bucket, decode_step, generate, sampling_noise
+from common.language.decode import GraphDecoder, bucket, feed
+from grpo_arithmetic import generate, sample_tokens, sampling_noise
 
 
-class Graphs(Decoder):
+class Graphs(GraphDecoder):
     """Replays by calling. Like a real graph it only knows addresses: a tensor that was moved since capture is an error."""
 
     def __init__(self, model, **options):
@@ -47,9 +48,7 @@ class Graphs(Decoder):
 
 
 def sampler_of(model):
-    sampler = copy.deepcopy(model)
-    sampler.set_attn_implementation("packed")
-    return sampler
+    return copy.deepcopy(model)
 
 
 def rollout(model, decoder=None, prompts=PROMPTS, G=20, T=24, temperature=0.7, seed=0, **options):
@@ -66,22 +65,22 @@ def assert_equal(slow, fast):
 
 
 def test_buckets_hold_what_they_are_for_and_waste_little():
-    sizes = [decode_bucket(rows, 1)[0] for rows in range(1, 3000)]
+    sizes = [bucket(rows, 1)[0] for rows in range(1, 3000)]
     assert all(size >= rows for rows, size in enumerate(sizes, 1)) and sizes == sorted(sizes)
     assert all((size - rows) / size <= 1 / 3 for rows, size in enumerate(sizes, 1) if rows >= 8)
     assert len(set(sizes)) == 18, "graphs for up to 3,072 rows"
-    assert all(decode_bucket(size, 1)[0] == size for size in sizes)
-    columns = [decode_bucket(1, c)[1] for c in range(1, 500)]
+    assert all(bucket(size, 1)[0] == size for size in sizes)
+    columns = [bucket(1, c)[1] for c in range(1, 500)]
     assert all(0 <= size - c < 64 and size % 64 == 0 for c, size in enumerate(columns, 1))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("temperature, race", [(0.7, False), (0.7, True), (0.0, False)])
-def test_replayed_steps_sample_the_tokens_of_the_eager_loop(name, temperature, race):
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_replayed_steps_sample_the_tokens_of_the_eager_loop(name, temperature):
     """Same tokens, and log-probs up to the rounding of another attention, while rows end and leave the batch."""
     model = make_model(name)
     decoder = Graphs(sampler_of(model))
-    options = {"temperature": temperature, "race": race}
+    options = {"temperature": temperature}
     slow, fast = rollout(model, **options), rollout(decoder.model, decoder, **options)
     assert_equal(slow, fast)
     assert decoder.replays == slow[0].shape[1] - 1 and decoder.fallbacks == 0
@@ -156,10 +155,11 @@ def test_a_decode_step_never_asks_the_device_for_a_value(name, temperature):
     rollout(decoder.model, decoder, T=3)
     decoder.buffers.t.zero_()
     with HostReads() as reads:
-        decode_step(decoder.model, decoder.buffers.rows(slice(8), 64), temperature, (256, 258), 256, 259)
+        feed(decoder.model, decoder.buffers.pick(slice(8), 64), sample_tokens, temperature, 259)
     assert reads.count > 50 and reads.found == []
     with HostReads() as reads:  # the mode sees what it looks for
-        append_tokens(torch.zeros(8, 264), decoder.buffers.rows(slice(8), 64), 0.0, (256,), 256, 259)
+        rows = decoder.buffers.pick(slice(8), 64)
+        rows.append(*sample_tokens(torch.zeros(8, 264), rows.noise[rows.output, rows.t], 0.0, 259))
         decoder.buffers.t[0].item()
     assert [name.split(".")[1] for name in reads.found] == ["_local_scalar_dense"]
 
@@ -167,7 +167,7 @@ def test_a_decode_step_never_asks_the_device_for_a_value(name, temperature):
 def test_steps_without_a_graph_are_counted_and_sample_the_same_tokens():
     model = make_model()
     slow = rollout(model)
-    on_cpu = Decoder(sampler_of(model), compiled=False)
+    on_cpu = GraphDecoder(sampler_of(model), compiled=False)
     assert_equal(slow, rollout(on_cpu.model, on_cpu))
     assert on_cpu.fallbacks == slow[0].shape[1] - 1, "a CPU has no graphs"
 
@@ -208,7 +208,7 @@ def test_capturing_takes_every_step_of_the_warm_up_back_and_runs_none_itself(mon
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    decoder = Decoder(make_model(), compiled=False)
+    decoder = GraphDecoder(make_model(), compiled=False)
     decoder.pool, decoder.buffers = None, SimpleNamespace(token=SimpleNamespace(device=torch.device("cuda")))
     for _ in range(2):
         decoder.capture(lambda: done.append("step"), lambda: done.append("undo"))()
@@ -216,13 +216,12 @@ def test_capturing_takes_every_step_of_the_warm_up_back_and_runs_none_itself(mon
     assert done == once * 2
 
 
-@pytest.mark.parametrize("race", [False, True])
-def test_the_step_compiles_as_one_graph_without_python_in_between(race):
+def test_the_step_compiles_as_one_graph_without_python_in_between():
     """fullgraph: anything the compiler cannot see through would be an error, counted as a fallback."""
     model, problems = make_model(), []
-    decoder = Decoder(sampler_of(model), compiled=True, say=problems.append)
-    decoder.step = torch.compile(decode_step, dynamic=False, fullgraph=True, backend="aot_eager")  # tracing, no C++
-    options = {"G": 2, "T": 6, "race": race}
+    decoder = GraphDecoder(sampler_of(model), compiled=True, say=problems.append)
+    decoder.feed = torch.compile(feed, dynamic=False, fullgraph=True, backend="aot_eager")  # tracing, no C++
+    options = {"G": 2, "T": 6}
     assert_equal(rollout(model, **options), rollout(decoder.model, decoder, **options))
     assert decoder.fallbacks == 0 and problems == [] and len(decoder.graphs) == 1
 

@@ -8,7 +8,8 @@ from conftest import make_model
 from test_grpo_model import PROMPTS, SAMPLING
 from test_grpo_run import rows, run  # noqa: F401  # a fixture
 
-from grpo_arithmetic import Decoder, generate, pad_right, sampling_noise, token_logprobs
+from common.language.decode import GraphDecoder, pad_right
+from grpo_arithmetic import generate, sampling_noise, token_logprobs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -50,8 +51,7 @@ def test_captured_steps_sample_the_tokens_of_the_eager_loop_also_after_a_refresh
     model = make_model().cuda()
     model.set_attn_implementation("sdpa")
     sampler = copy.deepcopy(model).requires_grad_(False)
-    sampler.set_attn_implementation("packed")
-    decoder = Decoder(sampler, compiled, say=pytest.fail)
+    decoder = GraphDecoder(sampler, compiled, say=pytest.fail)
     for seed in range(3):
         with torch.no_grad():
             for low, full in zip(sampler.parameters(), model.parameters()):

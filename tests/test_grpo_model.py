@@ -1,26 +1,23 @@
 """Log-probs and generation: one distribution in sampling and training, whatever the layout, batch or architecture."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, make_model
 
-import grpo_arithmetic as grpo
+from common.language.decode import pad_right
+from common.language.lm import head_logprobs, load_model, micro_batches, stop_token_ids, swapped
 from grpo_arithmetic import (
     Args,
     completion_mask,
     generate,
     grpo_loss,
-    head_logprobs,
-    load_model,
-    micro_batches,
-    pad_right,
-    race_times,
     sample_tokens,
     sampling_noise,
-    stop_token_ids,
+    tempered,
     token_logprobs,
 )
 
@@ -31,10 +28,10 @@ ARCHITECTURES = ["qwen2", "qwen3", "llama", "gpt2"]
 CPU = torch.device("cpu")
 
 
-def rollout(model, prompts=PROMPTS, G=4, T=12, temperature=0.7, seed=0, first=0, race=False):
+def rollout(model, prompts=PROMPTS, G=4, T=12, temperature=0.7, seed=0, first=0):
     noise = sampling_noise([seed], range(first, first + len(prompts) * G), T)
     return generate(
-        model, prompts, num_generations=G, max_new_tokens=T, temperature=temperature, noise=noise, race=race,
+        model, prompts, num_generations=G, max_new_tokens=T, temperature=temperature, noise=noise,
         **SAMPLING,
     )  # fmt: skip
 
@@ -130,13 +127,13 @@ def test_entropy_is_that_of_the_tempered_distribution_within_the_tokenizer():
 
 def test_chunked_head_equals_the_whole_head_in_value_and_gradient():
     model = make_model(dtype=torch.float64)
-    results = []
+    results, temper = [], partial(tempered, temperature=0.7, vocab_size=259)
     for chunk in (4096, 7):
         hidden = torch.randn(30, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_(
             True
         )
         model.zero_grad()
-        logp, entropy = head_logprobs(model, hidden, torch.arange(30), 0.7, 259, chunk=chunk)
+        logp, entropy = head_logprobs(model, hidden, torch.arange(30), temper, chunk=chunk)
         (logp * torch.arange(30)).sum().backward()
         results.append((logp, entropy, hidden.grad, model.lm_head.weight.grad.clone()))
     for whole, parts in zip(*results):
@@ -198,8 +195,7 @@ def test_noise_is_uniform_and_keyed_by_seed_sample_and_position():
     assert abs(np.corrcoef(noise[:200].numpy()) - np.eye(200))[:, :].mean() < 0.4  # and so are samples
 
 
-@pytest.mark.parametrize("race", [False, True])
-def test_sampled_frequencies_are_the_tempered_softmax_whatever_the_generation_config_says(race):
+def test_sampled_frequencies_are_the_tempered_softmax_whatever_the_generation_config_says():
     """Chi-square over the first token; the model's config asks for top-k 1 and a repetition penalty, in vain."""
     model = make_model()
     model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=5.0)
@@ -208,7 +204,7 @@ def test_sampled_frequencies_are_the_tempered_softmax_whatever_the_generation_co
         model.lm_head.weight.mul_(0.3)
         logits = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1]
     expected = (logits[:259] / 0.7).softmax(-1) * n
-    ids, _, _ = rollout(model, prompts=[PROMPTS[0]], G=n, T=1, race=race)
+    ids, _, _ = rollout(model, prompts=[PROMPTS[0]], G=n, T=1)
     counts = torch.bincount(ids[:, 0], minlength=VOCAB).float()
     assert counts[259:].sum() == 0
     assert (expected > 5).all()
@@ -216,43 +212,26 @@ def test_sampled_frequencies_are_the_tempered_softmax_whatever_the_generation_co
     assert chi2 < 258 + 4 * (2 * 258) ** 0.5  # mean + 4 standard deviations
 
 
-@pytest.mark.parametrize("race", [False, True])
-def test_ids_beyond_the_tokenizer_are_never_sampled_nor_given_probability(race):
+def test_ids_beyond_the_tokenizer_are_never_sampled_nor_given_probability():
     logits = torch.full((1000, VOCAB), -1.0)
     logits[:, 259:] = 50.0  # the rows nobody may draw are by far the likeliest
     for temperature in (0.7, 0.0):
-        tokens, logp = sample_tokens(logits, torch.linspace(0, 1 - 2**-24, 1000), temperature, 259, race)
+        tokens, logp = sample_tokens(logits, torch.linspace(0, 1 - 2**-24, 1000), temperature, 259)
         assert tokens.max() < 259
         assert torch.allclose(logp.exp(), torch.tensor(1 / 259))
     model = make_model()
     with torch.no_grad():
         model.lm_head.weight[259:] = 5.0
-    ids, mask, sampled = rollout(model, race=race)
+    ids, mask, sampled = rollout(model)
     assert ids.max() < 259
     assert (train_logprobs(model, ids, mask)[0] - sampled).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("race", [False, True])
 @pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24])
-def test_extreme_noise_still_picks_a_token_that_can_happen(u, race):
+def test_extreme_noise_still_picks_a_token_that_can_happen(u):
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
-    tokens, logp = sample_tokens(logits, torch.tensor([u]), 1.0, 4, race)
+    tokens, logp = sample_tokens(logits, torch.tensor([u]), 1.0, 4)
     assert tokens.item() in (1, 3) and logp.exp().item() == pytest.approx(0.5)
-
-
-def test_race_times_are_independent_exponential_variables():
-    """Kolmogorov-Smirnov along rows and along tokens, far into the tail that wins, and no shared pattern."""
-    n, V = 1000, 5000
-    times = race_times(sampling_noise([7], range(n), 1)[:, 0], V)  # (n, V)
-    steps = torch.arange(1, n + 1) / n
-    for sample in (*times[:, :20].T, *times[:20, :n], times.amin(1) * V):  # the least of V is Exp(V)
-        gap = (steps - (1 - torch.exp(-sample.double().sort().values))).abs().max()
-        assert gap < 2.2 / n**0.5  # passed by 99.98 % of samples
-    centred = times[:200] - times[:200].mean(1, keepdim=True)
-    correlation = centred @ centred.T / V - torch.eye(200)  # variances are 1
-    assert correlation.abs().mean() < 1.5 * (2 / torch.pi / V) ** 0.5
-    least = times.argmin(1)
-    assert len(least.unique()) > 0.85 * n and (least < V // 2).float().mean() == pytest.approx(0.5, abs=0.06)
 
 
 def test_every_end_id_of_the_generation_config_stops_a_row(tokenizer):
@@ -378,7 +357,7 @@ def test_low_memory_reference_swaps_the_initial_weights_in_and_the_trained_ones_
     before = [p.detach().clone() for p in model.parameters()]
     addresses = [p.data_ptr() for p in model.parameters()]
     ids = torch.tensor([PROMPTS[0]])
-    with torch.no_grad(), grpo.swapped(model, weights) as reference:
+    with torch.no_grad(), swapped(model, weights) as reference:
         assert torch.equal(reference(ids).logits, initial(ids).logits)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(weights, initial.parameters()))

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from test_docs import documented_metrics
 
 import grpo_mixed as mixed
-from common.run import parse
+from common import plot
+from common.cli import parse
+from common.language import lm
 
 EVAL = {p.prompt for p in mixed.load_problems(str(ROOT / "assets" / "arithmetic_eval.jsonl"))}
 SMALL = dict(
@@ -26,10 +28,10 @@ SMALL = dict(
 @pytest.fixture
 def run(tmp_path, micro_model_folder, monkeypatch):
     """Runs main() in this process with SMALL settings; returns (exit code, run folder). No figures but on request."""
-    draw_figures = mixed.plot.draw
+    draw_figures = plot.draw
 
     def start(figures=False, **flags):
-        monkeypatch.setattr(mixed.plot, "draw", draw_figures if figures else lambda *_: [])
+        monkeypatch.setattr(plot, "draw", draw_figures if figures else lambda *_: [])
         settings = {"model_name": micro_model_folder, "output_dir": str(tmp_path / "runs")} | SMALL | flags
         settings = {"resume": flags["resume"]} if "resume" in flags else settings
         argv = ["grpo_mixed.py"]
@@ -119,11 +121,11 @@ def test_a_resumed_run_equals_an_unbroken_one_with_adaptive_shares_refills_and_a
     assert {row.get("train/curriculum_level") for row in rows(whole)} >= {0.0, 1.0, 2.0}
     broken = whole.with_name("broken")
     shutil.copytree(whole, broken, symlinks=True)
-    shutil.rmtree(broken / "checkpoints" / "step-000008")
+    shutil.rmtree(broken / "checkpoints" / "step-000000008")
     assert run(resume=str(broken))[0] == 0
     assert timeless(broken) == timeless(whole)
     assert (broken / "completions.jsonl").read_text() == (whole / "completions.jsonl").read_text()
-    a, b = (load_file(folder / "checkpoints" / "step-000008" / "model.safetensors") for folder in (broken, whole))
+    a, b = (load_file(folder / "checkpoints" / "step-000000008" / "model.safetensors") for folder in (broken, whole))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -147,10 +149,27 @@ def test_groups_without_spread_are_drawn_again_and_the_cost_is_logged(run):
     assert all(r["train/sampling_logp_difference/max"] < 1e-3 for r in after)
 
 
+def test_a_curriculum_really_switches_the_problems(run):
+    _, folder = run(
+        tasks=("arithmetic",), curriculum="three_stage", epochs=10, n_samples=30, eval_every=0, batch_size=16,
+        log_completions=16, eval_samples=1,
+    )  # fmt: skip
+    table, levels = rows(folder, "completions"), {}
+    for row in rows(folder):
+        if "train/curriculum_level" in row:
+            levels.setdefault(row["train/curriculum_level"], []).append(row["step"])
+    total = max(row["step"] for row in table)
+    assert levels[0][-1] == total * 0.2 and levels[1][-1] == total * 0.5 and levels[2][-1] == total
+    operations = {i: {row["prompt"].split()[2] for row in table if row["step"] in steps} for i, steps in levels.items()}
+    assert operations[0] == {"+"} and operations[1] == operations[2] == {"+", "-", "*"}
+    largest = max(int(row["prompt"].split()[1]) for row in table if row["step"] in levels[2])
+    assert largest > 10 >= max(int(row["prompt"].split()[1]) for row in table if row["step"] in levels[1])
+
+
 def test_rows_are_replaced_at_any_length():
     old, new = torch.arange(6).view(3, 2), torch.ones(1, 4, dtype=torch.long)
-    assert mixed.replace_rows(old, new, [1]).tolist() == [[0, 1, 0, 0], [1, 1, 1, 1], [4, 5, 0, 0]]
-    assert mixed.replace_rows(old, new[:, :1], [2]).tolist() == [[0, 1], [2, 3], [1, 0]]
+    assert lm.replace_rows(old, new, [1]).tolist() == [[0, 1, 0, 0], [1, 1, 1, 1], [4, 5, 0, 0]]
+    assert lm.replace_rows(old, new[:, :1], [2]).tolist() == [[0, 1], [2, 3], [1, 0]]
     assert old.tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
@@ -173,7 +192,7 @@ def test_rows_are_replaced_at_any_length():
     ],
 )
 def test_bad_input_ends_in_one_line_before_a_model_is_loaded(run, capsys, monkeypatch, flags, words):
-    monkeypatch.setattr(mixed, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(lm, "load_model", lambda *_: pytest.fail("a model was loaded"))
     code, folder = run(**flags)
     message = capsys.readouterr().err
     assert code == 2 and words in message and message.count("\n") == 1 and folder is None

@@ -326,6 +326,24 @@ def test_more_problems_come_from_different_places_of_the_pool_with_the_shares_of
     assert Counter(p.task for p in fresh) == {"words": 4, "binary": 4}
 
 
+def test_curricula_switch_where_they_should():
+    stages = [next_level("three_stage", 0, i / 100, []) for i in range(100)]
+    assert [stages.index(n) for n in (0, 1, 2)] == [0, 20, 50]
+    stages = [next_level("progressive", 0, i / 100, []) for i in range(100)]
+    assert [stages.index(n) for n in range(4)] == [0, 25, 50, 75]
+    assert [level.high for _, level in CURRICULA["progressive"]] == [5, 10, 15, 20]
+    assert next_level("none", 0, 0.9, [1.0] * 10) == 0
+
+
+def test_the_dynamic_curriculum_moves_by_the_mean_of_ten_rewards():
+    assert next_level("dynamic", 1, 0.0, [1.0] * 9) == 1  # too few to judge
+    assert next_level("dynamic", 1, 0.0, [0.8] * 10) == 2
+    assert next_level("dynamic", 1, 0.0, [0.2] * 10) == 0
+    assert next_level("dynamic", 1, 0.0, [0.5] * 10) == 1
+    assert next_level("dynamic", 0, 0.0, [-1.0] * 10) == 0 and next_level("dynamic", 4, 0.0, [1.0] * 10) == 4
+    assert next_level("dynamic", 1, 0.0, [-1.0] * 30 + [1.0] * 10) == 2  # old rewards do not count
+
+
 def test_the_curriculum_over_tasks_adds_them_one_by_one():
     args = Args(curriculum="tasks", proportions=(2.0, 1.0, 1.0))
     levels = levels_of(args)

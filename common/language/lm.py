@@ -1,0 +1,437 @@
+"""Language models to train: flags, loading, packed training rows, the policy that learns and samples, its reference.
+
+Speed, memory and checks. What is sampled, rewarded and learnt stands in the scripts.
+"""
+
+import copy
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MethodType
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.utils import logging as hub_logging
+from torch.utils.checkpoint import checkpoint as recompute
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from common.checkpoint import find_checkpoint, gathered
+from common.cli import at_least, fail
+from common.language.decode import Decoder, GraphDecoder, additive
+from common.parallel import World, refresh, shard
+from common.run import Run
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+TINY_MODEL = str(ASSETS / "tiny-qwen2")
+
+
+@dataclass
+class LMArgs:
+    """Flags that scripts for language models share: what is loaded, how it is run, watched and kept from blowing up."""
+
+    # run
+    log_completions: int = 32
+    """completions a step in completions.jsonl (whole groups first)"""
+
+    # model
+    model_name: str = TINY_MODEL
+    """hub id or folder of a causal language model; default: the bundled 1.6 M parameter Qwen2"""
+    init_from: str | None = None
+    """run folder or checkpoint whose weights to start from (a new run: optimizer, schedule and reference start afresh)"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """compute precision over fp32 weights; auto: bfloat16 autocast on a GPU, float32 on a CPU"""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    """attention of the training rows; default: sdpa on a GPU, eager on a CPU (faster there for short rows)"""
+
+    # speed and memory
+    decode: Literal["eager", "graph", "compile"] = "eager"
+    """decode steps: op by op, as captured CUDA graphs, or compiled and captured"""
+    compile: bool = False
+    """torch.compile the transformer layers of the update"""
+    share_prompt: bool | None = None
+    """train on one row per prompt with all its completions; default: when that row has at most 1024 tokens"""
+    micro_batch_size: int | None = None
+    """completions per forward and backward pass in a process; changes memory, not the objective (bnpo excepted)"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    low_memory_reference: bool = False
+    """keep the reference weights on the CPU and swap them in, instead of a second model on the device"""
+    fsdp: bool = False
+    """shard weights, gradients and optimizer state over the processes of torchrun"""
+
+    # optimizer
+    weight_decay: float = 0.01
+    """AdamW weight decay"""
+    max_grad_norm: float = 1.0
+    """gradient norm to clip to"""
+
+    # evaluation
+    eval_every: int = 50
+    """steps between evaluations, 0: only before and after"""
+    eval_samples: int = 16
+    """samples per problem k, for the sampled accuracy and pass@k"""
+    eval_temperature: float = 0.7
+    """temperature of these samples"""
+    eval_batch_size: int = 1600
+    """completions per generation batch in evaluation"""
+    early_stopping_patience: int | None = None
+    """stop after this many evaluations without a better validation accuracy"""
+
+
+def check_flags(args, world: World, rewards) -> None:
+    """What every run of a script needs: batch, groups and processes divide, rewards exist."""
+    at_least(1, args, "epochs", "num_iterations", "n_samples")
+    if unknown := set(args.rewards) - set(rewards):
+        fail(f"unknown reward {sorted(unknown)[0]!r}; known: {', '.join(rewards)}")
+    if not args.rewards or len(args.reward_weights) != len(args.rewards):
+        fail(f"{len(args.reward_weights)} --reward-weights for {len(args.rewards)} --rewards; give one each")
+    B, G, micro = args.batch_size, args.num_generations, args.micro_batch_size
+    if G < 2:
+        fail(f"--num-generations {G}: a completion is compared with the others of its prompt, so at least 2 are needed")
+    if B < G or B % G:
+        fail(f"--batch-size {B} is not a multiple of --num-generations {G}; try --batch-size {max(B // G, 1) * G}")
+    if B // G % world.size:
+        fail(f"{B // G} prompts per step ({B} / {G}) cannot be shared by {world.size} processes: take a multiple")
+    if args.temperature <= 0:
+        fail("--temperature 0 makes all completions of a prompt equal: nothing can be learnt from them; 0.7 is usual")
+    if micro is not None and (micro < 1 or (micro % G and G % micro)):
+        fail(f"--micro-batch-size {micro} must divide --num-generations {G} or be a multiple of it")
+    if args.fsdp and (args.compile or args.low_memory_reference or args.attn_implementation == "flash_attention_2"):
+        fail("--fsdp goes with neither --compile, --low-memory-reference (it is sharded anyway) nor flash_attention_2")
+    if args.fsdp and world.size == 1:
+        fail("--fsdp shards over processes: start it with `uv run torchrun --nproc-per-node N`, or leave it out")
+
+
+def check_context(args, config, tokenizer, prompts: list[str]) -> None:
+    """The longest of these prompts and its completion fit into the model's context."""
+    longest, new_tokens = max(map(len, tokenizer(prompts).input_ids)), args.max_completion_length
+    need, room = longest + new_tokens, getattr(config, "max_position_embeddings", None)
+    if room and need > room:
+        fail(
+            f"prompts of up to {longest} tokens and --max-completion-length {new_tokens} exceed the model's context of "
+            f"{room}; at most {room - longest} new tokens fit"
+        )
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and need > window:
+        fail(
+            f"{need} tokens exceed the model's sliding attention window of {window}, which generation does not support"
+        )
+
+
+def start_of(run: Run) -> LMArgs:
+    """The run's flags, in which --init-from has become the --model-name that it stands for."""
+    args = run.args
+    at_least(1, args, "eval_samples", "max_completion_length", "eval_batch_size")
+    at_least(0, args, "eval_temperature")  # 0 is greedy
+    if args.init_from and not run.checkpoint:
+        return replace(args, model_name=str(find_checkpoint(args.init_from, best=True)))
+    return args
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(args: LMArgs):
+    """Tokenizer and config only: every check on flags and lengths comes before the weights are read."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # its retries are no news: a model that cannot be had ends in one line
+    try:
+        config = AutoConfig.from_pretrained(args.model_name)
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name)
+    except (OSError, ValueError) as error:
+        fail(
+            f"no causal language model '{args.model_name}': neither a model folder nor on the hub, or the hub cannot be "
+            f"reached ({type(error).__name__}); leave --model-name out for the bundled model, which needs no network"
+        )
+    return tokenizer, config.get_text_config()
+
+
+def count_parameters(args: LMArgs, config) -> int:
+    """Without loading the weights."""
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    except ValueError:
+        fail(f"'{args.model_name}' is a {config.model_type} model, not a causal language model")
+
+
+def load_model(args: LMArgs, device: torch.device, folder: Path | None = None):
+    """fp32 master weights of --model-name, or of a checkpoint's folder.
+
+    Dropout is off for good, so that sampling, old, new and reference log-probs agree.
+    """
+    if args.attn_implementation == "flash_attention_2":
+        if args.dtype == "float32" or device.type == "cpu":
+            fail("--attn-implementation flash_attention_2 needs a GPU and bfloat16; sdpa and eager run everywhere")
+        try:
+            import flash_attn  # noqa: F401
+        except ImportError:
+            fail("flash-attn is not installed: `uv sync --extra flash` (needs nvcc), or --attn-implementation sdpa")
+    attention, name = args.attn_implementation or ("sdpa" if device.type == "cuda" else "eager"), args.model_name
+    if folder is not None:
+        name = str(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation=attention)
+        model = model.to("cpu" if args.fsdp else device)  # the whole of it may be more than a GPU holds
+    except Exception as error:  # a missing, damaged or foreign weight file raises whatever its reader raises
+        fail(f"the weights of '{name}' cannot be loaded: {type(error).__name__}: {error}")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.eval()
+    check_head(model)
+    return model
+
+
+def check_head(model) -> None:
+    """The loss applies the output head to hidden states itself; refuse models that do more than that to get logits."""
+    ids = torch.arange(4, device=model.device)[None]
+    with torch.no_grad():
+        ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        theirs = model(input_ids=ids, use_cache=False).logits
+    if not torch.allclose(ours.float(), theirs.float(), atol=1e-3, rtol=1e-3):
+        name = type(model).__name__
+        fail(f"{name} scales or caps its logits after the output head; this trainer does not support that")
+
+
+def stop_token_ids(model, tokenizer) -> list[int]:
+    """Every id that ends a completion: those of the model's generation config (often several) and the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
+    return sorted(i for i in ids if i is not None)
+
+
+# ---- packed training rows --------------------------------------------------------------------------------------------
+
+
+def hidden_before(model, prompt_ids, prompt_lengths, completion_ids, mask, share_prompt: bool | None = None):
+    """The last hidden state at the position before every token under the mask, from which it is predicted.
+
+    prompt_ids (P, L) padded on the right, prompt_lengths (P,), completion_ids (B, T), mask (B, T) bool whose True part
+    is a prefix of each row, N of it in all; rows of one prompt are consecutive. Returns (N, d).
+
+    Two layouts with equal results. Plain: a row is [prompt | completion]. Shared: a row is
+    [prompt | completion 1 | ... | completion G]; each completion sees the prompt and itself, and its positions start
+    where the prompt ends, so the prompt is computed once a group. For short answers that is most of the work.
+    """
+    (B, T), P, device = completion_ids.shape, len(prompt_ids), completion_ids.device
+    lengths = mask.sum(1)  # (B,)
+    if share_prompt is None:
+        share_prompt = int(prompt_lengths.max()) + int(lengths.view(P, -1).sum(1).max()) <= 1024
+    if not share_prompt:
+        prompt_ids = prompt_ids.repeat_interleave(B // P, 0)
+        prompt_lengths = prompt_lengths.repeat_interleave(B // P)
+    R = len(prompt_ids)  # rows of the forward pass
+    g = B // R  # completions per row
+
+    # the last token of a completion predicts nothing that is trained: it is not fed
+    fed = (lengths - 1).clamp(min=0).view(R, g)
+    offset = (prompt_lengths[:, None] + fed.cumsum(1) - fed).view(B, 1)  # column of each completion's first token
+    S = int((prompt_lengths + fed.sum(1)).max())
+    t = torch.arange(T, device=device)
+    is_fed = t < fed.view(B, 1)  # (B, T)
+    row = torch.arange(R, device=device).repeat_interleave(g)[:, None].expand(B, T)  # (B, T) row of each completion
+
+    column = torch.arange(S, device=device)
+    in_prompt = column < prompt_lengths[:, None]  # (R, S)
+    input_ids = F.pad(prompt_ids, (0, max(S - prompt_ids.shape[1], 0)))[:, :S] * in_prompt
+    input_ids[row[is_fed], (offset + t)[is_fed]] = completion_ids[is_fed]
+    if g == 1:  # plain rows are causal and padded on the right: neither mask nor positions are needed
+        layout = {}
+    else:
+        position = torch.where(in_prompt, column, 0)
+        segment = torch.where(in_prompt, 0, -1)  # 0 prompt, 1..G completions, -1 padding
+        own_position = prompt_lengths.repeat_interleave(g)[:, None] + t
+        own_segment = (torch.arange(B, device=device) % g + 1)[:, None].expand(B, T)
+        position[row[is_fed], (offset + t)[is_fed]] = own_position[is_fed]
+        segment[row[is_fed], (offset + t)[is_fed]] = own_segment[is_fed]
+        query, key = segment[:, :, None], segment[:, None, :]
+        visible = ((key == 0) | (key == query)) & (column[None, :] <= column[:, None])  # (R, S, S)
+        # padding attends to something, so that no row of the softmax is empty
+        layout = {"attention_mask": additive(visible, model.dtype)[:, None], "position_ids": position}
+
+    hidden = model.base_model(input_ids=input_ids, use_cache=False, **layout).last_hidden_state  # (R, S, d)
+    # token 0 is predicted at the prompt's last position, token t at the position of token t - 1
+    source = torch.where(t == 0, prompt_lengths.repeat_interleave(g)[:, None] - 1, offset + t - 1)  # (B, T)
+    return hidden[row[mask], source[mask]]
+
+
+def head_logprobs(model, hidden, targets, temper, chunk: int = 4096):
+    """hidden (N, d), targets (N,) -> log-probs (N,) float32, entropies (N,) float32 without gradient.
+
+    temper: raw logits (n, V) -> those of the distribution in question. The head runs in chunks that are recomputed in the
+    backward pass, so that (N, V) never exists as a whole.
+    """
+
+    def one_chunk(h, y):
+        logp = F.log_softmax(temper(model.get_output_embeddings()(h)), dim=-1)  # (n, V)
+        with torch.no_grad():
+            entropy = -(logp.exp() * logp.nan_to_num(neginf=0.0)).sum(-1)  # eq: H = -sum_a pi(a) log pi(a)
+        return logp.gather(-1, y[:, None])[:, 0], entropy
+
+    if len(targets) <= chunk:
+        return one_chunk(hidden, targets)
+    parts = [recompute(one_chunk, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), targets.split(chunk))]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def micro_batches(num_prompts: int, G: int, size: int | None) -> list[tuple[slice, slice]]:
+    """Pairs (slice of prompts, slice of their completions) of `size` completions each; size >= G keeps groups whole."""
+    if size is None or size >= G:
+        n = num_prompts if size is None else size // G
+        ends = [(i, min(i + n, num_prompts)) for i in range(0, num_prompts, n)]
+        return [(slice(i, j), slice(i * G, j * G)) for i, j in ends]
+    return [(slice(i // G, i // G + 1), slice(i, i + size)) for i in range(0, num_prompts * G, size)]
+
+
+def replace_rows(old: torch.Tensor, new: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """old (B, T), new (b, T') -> (B, max(T, T')) with `new` in these rows, and zeros where either was shorter."""
+    T = max(old.shape[1], new.shape[1])
+    out = F.pad(old, (0, T - old.shape[1]))
+    out[rows] = F.pad(new, (0, T - new.shape[1]))
+    return out
+
+
+def replace_groups(roll, new, groups: list[int]):
+    """A rollout with the completions of these of its prompts replaced by those of `new`."""
+    G, changed = len(roll.texts) // len(roll.prompts), {}
+    rows = [group * G + j for group in groups for j in range(G)]
+    for name, old in vars(roll).items():
+        if isinstance(old, torch.Tensor) and old.dim() == 2:
+            changed[name] = replace_rows(old, getattr(new, name), rows)
+        elif isinstance(old, torch.Tensor):
+            changed[name] = old.index_copy(0, torch.tensor(rows, device=old.device), getattr(new, name))
+        else:
+            places = groups if len(old) == len(roll.prompts) else rows
+            changed[name] = list((dict(enumerate(old)) | dict(zip(places, getattr(new, name)))).values())
+    return replace(roll, **changed)
+
+
+# ---- policy and reference --------------------------------------------------------------------------------------------
+
+
+def in_low_precision(args: LMArgs, device: torch.device) -> bool:
+    """Whether matrix products are bfloat16's, over fp32 weights."""
+    return args.dtype == "bfloat16" or (args.dtype == "auto" and device.type != "cpu")
+
+
+def decoder_layers(model) -> torch.nn.ModuleList:
+    """The transformer layers, whatever the architecture calls them."""
+    return next(module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList))
+
+
+def prepare(model, args: LMArgs, world: World, token_logprobs):
+    """Makes model.token_logprobs(...) of the script's function, and shards or compiles the model as the flags say."""
+    model.token_logprobs = MethodType(token_logprobs, model)
+    if args.fsdp:  # only token_logprobs gathers embedding and head
+        low = in_low_precision(args, world.device)
+        policy = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if low else {}
+        shard(model, decoder_layers(model), world, methods=["token_logprobs"], **policy)
+    if args.compile:
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True)  # rows are never of one length
+    return model
+
+
+class Policy:
+    """A language model that learns, and what samples from it.
+
+    model: fp32 weights, perhaps sharded; model.token_logprobs is the script's. sampler: the same model or, in low
+    precision and wherever else it must be another, a copy that `refresh` brings up to date after every update.
+    """
+
+    def __init__(self, model, tokenizer, args: LMArgs, world: World, token_logprobs, say=print):
+        self.tokenizer, self.device, low = tokenizer, world.device, in_low_precision(args, world.device)
+        self.autocast_dtype = torch.bfloat16 if low else None
+        self.sampler = model
+        if low or args.decode != "eager" or args.compile or args.fsdp:
+            self.sampler = copy.deepcopy(model).to(self.device, self.autocast_dtype).requires_grad_(False)
+        if args.attn_implementation == "flash_attention_2":  # a cache with a position per row needs a mask
+            self.sampler.set_attn_implementation("sdpa")
+        graphs = args.decode != "eager"
+        self.decoder = GraphDecoder(self.sampler, args.decode == "compile", say) if graphs else Decoder(self.sampler)
+        if args.decode == "graph" and self.device.type != "cuda":
+            say("--decode graph: no CUDA graphs on a CPU; steps run uncaptured, see time/decode_fallbacks")
+        self.model = prepare(model, args, world, token_logprobs)
+        self.share_prompt = False if args.attn_implementation == "flash_attention_2" else args.share_prompt  # no mask
+        self.stop_ids, self.vocab_size = stop_token_ids(self.sampler, tokenizer), len(tokenizer)
+        self.pad_id = self.stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    @property
+    def sampling(self) -> dict:
+        """What `generate` has to know besides prompts, lengths, temperature and noise."""
+        ids = {"stop_ids": self.stop_ids, "pad_id": self.pad_id, "vocab_size": self.vocab_size}
+        return ids | {"decoder": self.decoder}
+
+    @property
+    def scoring(self) -> dict:
+        """The same for token_logprobs, besides rows and temperature."""
+        return {"vocab_size": self.vocab_size, "share_prompt": self.share_prompt}
+
+    def autocast(self):
+        """Around everything that the model or the sampler computes."""
+        low = self.autocast_dtype is not None
+        return torch.autocast(self.device.type, self.autocast_dtype) if low else nullcontext()
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts).input_ids
+
+    def texts(self, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
+        """(B, T) ids -> what rewards, accuracies, evaluation and tables all see: the text up to the first end token."""
+        rows = [row[m].tolist() for row, m in zip(ids.cpu(), mask.cpu())]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    def refresh(self) -> None:
+        """Gives the sampler the weights as they are now."""
+        if self.sampler is not self.model:
+            refresh(self.sampler, self.model)
+
+    def save(self, folder: Path | None) -> None:
+        """Writes a folder that from_pretrained reads; every process calls it, one of them with a folder."""
+        own = {name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]}  # a tied weight once
+        tensors = {name: x for name, x in self.model.state_dict().items() if name in own}
+        weights = gathered(tensors, keep=folder is not None)
+        if folder is not None:
+            self.model.save_pretrained(folder, state_dict=weights)
+            self.tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def swapped(model, weights: list[torch.Tensor]):
+    """Runs the block with `weights` (CPU tensors) in the model: the low-memory reference. In place, both ways."""
+
+    def swap():
+        for p, w in zip(model.parameters(), weights):
+            held = p.detach().to("cpu", copy=True)
+            p.data.copy_(w)
+            w.copy_(held)
+
+    swap()
+    try:
+        yield model
+    finally:
+        swap()
+
+
+class Reference:
+    """--model-name as it was before the first step: a second model, or its weights on the CPU."""
+
+    def __init__(self, policy: Policy, args: LMArgs, world: World, token_logprobs):
+        self.weights = None
+        if args.low_memory_reference:
+            self.model = policy.model
+            self.weights = [p.detach() for p in load_model(args, torch.device("cpu")).parameters()]
+        else:
+            frozen = load_model(args, world.device).requires_grad_(False)
+            self.model = prepare(frozen, args, world, token_logprobs)
+
+    def loaded(self):
+        """A context in which the model has the reference's weights: `with reference.loaded() as model`."""
+        return nullcontext(self.model) if self.weights is None else swapped(self.model, self.weights)

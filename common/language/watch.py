@@ -1,0 +1,111 @@
+"""What is watched while a language model learns: metrics of completions, alarms, accuracies with their intervals."""
+
+import numpy as np
+import torch
+
+from common.run import Run
+from common.stats import wilson
+
+ALARMS = {  # metric -> what is alarming, what to say
+    "frac_reward_zero_std": (
+        lambda share: share == 1,
+        "all completions of every prompt earned the same reward, nothing to learn from this step: raise the temperature, "
+        "or look at completions.jsonl",
+    ),
+    "kl": (lambda nats: nats > 5, "the policy is leaving its language: lower --learning-rate or raise --beta"),
+    "completions/clipped_ratio": (
+        lambda share: share == 1,
+        "every completion was cut at --max-completion-length before it ended: allow more tokens, or check that the model's "
+        "end token is right",
+    ),
+    "skipped": (
+        lambda count: count > 0,
+        "the loss or gradient was not finite or no token was left to train: weights left as they were",
+    ),
+    "entropy": (lambda nats: nats < 0.01, "the policy has become deterministic and stopped exploring"),
+}
+
+
+def alarms(metrics: dict[str, float]) -> dict[str, str]:
+    """What looks broken in a step's metrics, in plain words."""
+    logged = {name: metrics[f"train/{name}"] for name in ALARMS if f"train/{name}" in metrics}
+    return {name: f"{name} is {x:.3g}: {ALARMS[name][1]}" for name, x in logged.items() if ALARMS[name][0](x)}
+
+
+def reward_metrics(rewards: torch.Tensor, parts: torch.Tensor, names: tuple[str, ...], num_generations: int) -> dict:
+    """rewards (B,) and their parts (B, functions) before weighting, of whole groups in consecutive rows."""
+    groups = rewards.view(-1, num_generations)  # (P, G)
+    metrics = {"reward": rewards.mean(), "reward_std": rewards.std()}
+    metrics["frac_reward_zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean()
+    for name, column in zip(names, parts.T):
+        metrics |= {f"rewards/{name}/mean": column.mean(), f"rewards/{name}/std": column.std()}
+    return metrics
+
+
+def completion_metrics(rows: list[dict]) -> dict:
+    """Of a step's completions, each a row with "is_correct", "ended" and "tokens"."""
+    lengths = {"length": [row["tokens"] for row in rows]}
+    lengths["terminated_length"] = [row["tokens"] for row in rows if row["ended"]] or [0]
+    metrics = {"accuracy": np.mean([row["is_correct"] for row in rows])}
+    for name, values in lengths.items():
+        for kind, statistic in (("mean", np.mean), ("min", min), ("max", max)):
+            metrics[f"completions/{kind}_{name}"] = statistic(values)
+    return metrics | {"completions/clipped_ratio": 1 - np.mean([row["ended"] for row in rows])}
+
+
+def solved_by_task(rows: list[dict]) -> dict[str, float]:
+    """Share of right completions of each "task" among these."""
+    right: dict[str, list[bool]] = {}
+    for row in rows:
+        right.setdefault(row["task"], []).append(row["is_correct"])
+    return {task: float(np.mean(values)) for task, values in right.items()}
+
+
+def task_metrics(rows: list[dict], rewards: torch.Tensor, shares: dict[str, float], num_generations: int) -> dict:
+    """reward_metrics of the groups of each task, and what share of the step it was to have and how many groups it has."""
+    metrics, tasks = {}, [row["task"] for row in rows]  # (B,)
+    for task, share in shares.items():
+        own = rewards[torch.tensor([name == task for name in tasks])]
+        metrics |= {f"{task}/share": share, f"{task}/groups": len(own) // num_generations}
+        if len(own):
+            found = reward_metrics(own, own[:, None], (), num_generations)
+            metrics |= {f"{task}/{name}": found[name] for name in ("reward", "frac_reward_zero_std")}
+    return metrics
+
+
+def accuracy(name: str, solved: np.ndarray) -> dict[str, float]:
+    """solved (n,): share of right samples of each problem -> their mean, its interval and n; nothing for no problem.
+
+    Intervals take each problem as one observation, however many samples it got: problems are what was drawn.
+    """
+    if not len(solved):
+        return {}
+    low, high = wilson(solved.sum(), len(solved))
+    return {name: solved.mean(), f"{name}_low": low, f"{name}_high": high, f"{name}_n": len(solved)}
+
+
+def with_interval(metrics: dict[str, float], name: str) -> str:
+    """0.412 [0.346, 0.481]"""
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    return f"{metrics[name]:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+
+
+def report(run: Run, metrics: dict[str, float], table: list[dict]) -> None:
+    """Logs and prints an evaluation that stands alone: --eval-only."""
+    run.write(0, metrics)
+    run.table("evaluation", 0, table)
+    for name in metrics:
+        if not name.endswith(("_low", "_high", "_n")):
+            run.say(f"{name:32s} {with_interval(metrics, name)}")
+    run.say(f"evaluated {run.args.model_name}; answers in {run.folder}/evaluation.jsonl")
+
+
+def outcome(run: Run, state: dict, steps: int) -> str:
+    """The last line of a run, from its first and last evaluation."""
+    base, last = (with_interval(state[when], "arithmetic_eval") for when in ("base", "last"))
+    train = state["last"].get("final_train_accuracy")
+    return (
+        f"arithmetic_eval {base} -> {last} (held out, {run.args.eval_samples} samples at T {run.args.eval_temperature:g}), "
+        + ("" if train is None else f"train accuracy {train:.3f}, ")
+        + f"best step {run.best['step']}, {steps} steps in {run.log.elapsed:.0f} s"
+    )
