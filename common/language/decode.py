@@ -268,12 +268,12 @@ class GraphDecoder(Decoder):
         with torch.autocast(rows.token.device.type, enabled=False):  # one dtype throughout; casts would move
             if key not in self.graphs:
                 self.graphs[key] = self.record(self.buffers.pick(slice(n), columns), sample, *settings)
-            replay, is_fallback = self.graphs[key]
+            replay, is_fallback, _ = self.graphs[key]
             replay()
             self.fallbacks += is_fallback
 
     def record(self, view: Rows, sample, *settings) -> tuple:
-        """What replays a step on this view of the buffers, and whether it does so without graph and compilation."""
+        """What replays a step on this view of the buffers, whether it does so without graph and compilation, the view."""
         changed = (view.token, view.position, view.finished, view.t)
         before = [x.clone() for x in changed]
 
@@ -288,7 +288,7 @@ class GraphDecoder(Decoder):
             fast = None
             shape = f"{len(view.token)} x {view.keys[0].shape[2]}"
             self.say(f"decode bucket {shape} runs uncaptured: {str(error).splitlines()[0]}")
-        return fast or partial(feed, self.model, view, sample, *settings), fast is None
+        return fast or partial(feed, self.model, view, sample, *settings), fast is None, view  # a graph owns nothing
 
     def capture(self, step, undo):
         """step() as a CUDA graph: returns what replays it, or None where there are no graphs. undo() takes a step back."""
