@@ -11,7 +11,6 @@ read once, weights and the keys and values of the tokens so far, or to do its ar
     uv run python benchmarks/gpu_decode.py --device cpu --reduced      # does it run? a toy on a CPU, in float32
 """
 
-import copy
 import json
 import sys
 import time
@@ -33,6 +32,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import grpo_arithmetic as grpo
 from common.cli import fail
 from common.language.decode import Decoder, GraphDecoder, additive, pad_right
+from common.language.lm import sampling_copy
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied: the Qwen2 family's published configurations
 SIZES = {
@@ -196,8 +196,7 @@ def numerics(args: Args) -> dict[str, float | bool]:
     found["graph: share of completions equal to eager's, float32"] = same.float().mean().item()
     found["graph: largest log-prob gap of those"] = (slow_logp - fast_logp)[same].abs().max().item()
 
-    torch.set_float32_matmul_precision("high")
-    sampler = copy.deepcopy(model).to(torch.bfloat16)
+    sampler = sampling_copy(model, model.device, torch.bfloat16)
     prompts, ids, mask, sampled = rollout(sampler, decoder_of(sampler, "graph"), args, B, N, temperature=1.0)
     model.set_attn_implementation("sdpa")
     model.requires_grad_(True)

@@ -10,6 +10,7 @@ from test_grpo_model import PROMPTS, SAMPLING
 from test_grpo_run import rows, run  # noqa: F401  # a fixture
 
 from common.language.decode import GraphDecoder, pad_right
+from common.language.lm import sampling_copy
 from grpo_arithmetic import generate, sampling_noise, token_logprobs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -32,7 +33,7 @@ def test_the_gpu_samples_the_tokens_the_cpu_samples_in_float32():
 def test_bfloat16_sampling_and_training_stay_close(share_prompt):
     model = make_model().cuda()
     model.set_attn_implementation("sdpa")
-    sampler = copy.deepcopy(model).to(torch.bfloat16)
+    sampler = sampling_copy(model, model.device, torch.bfloat16)
     prompt_ids, lengths = pad_right(PROMPTS, 256, model.device)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         ids, mask, sampled = rollout(sampler)

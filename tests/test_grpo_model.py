@@ -1,6 +1,5 @@
 """Log-probs and generation: one distribution in sampling and training, whatever the layout, batch or architecture."""
 
-import copy
 from functools import partial
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from conftest import VOCAB, make_model
 
 from common.language.decode import pad_right
-from common.language.lm import head_logprobs, load_model, micro_batches, stop_token_ids, swapped
+from common.language.lm import head_logprobs, load_model, micro_batches, sampling_copy, stop_token_ids, swapped
 from grpo_arithmetic import (
     Args,
     completion_mask,
@@ -342,13 +341,28 @@ def test_weights_are_loaded_in_float32_so_that_a_small_learning_rate_moves_them(
 def test_bfloat16_sampling_stays_close_to_bfloat16_training():
     """The decode copy is bfloat16, the update autocasts fp32 masters: near, but not equal, hence the logged gap."""
     model = make_model()
-    sampler = copy.deepcopy(model).to(torch.bfloat16)
+    sampler = sampling_copy(model, CPU, torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ids, mask, sampled = rollout(sampler, G=16)
         logprobs, _ = train_logprobs(model, ids, mask)
     gap = ((logprobs - sampled).abs() * mask).sum() / mask.sum()
     assert logprobs.dtype == sampled.dtype == torch.float32
     assert 0 < gap < 0.05
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_sampling_copy_rounds_weights_but_not_the_rotary_frequencies(name):
+    model = make_model(name)
+    copied = sampling_copy(model, CPU, torch.bfloat16)
+    assert {p.dtype for p in copied.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in copied.parameters()) and all(p.requires_grad for p in model.parameters())
+    for low, full in zip(copied.buffers(), model.buffers()):
+        assert low.dtype == full.dtype and torch.equal(low, full) and low.data_ptr() != full.data_ptr()
+    if name == "gpt2":  # learnt positions
+        return
+    x, position = torch.zeros(1, 1, 32, dtype=torch.bfloat16), torch.tensor([[1000]])
+    for low, full in zip(copied.base_model.rotary_emb(x, position), model.base_model.rotary_emb(x.float(), position)):
+        assert (low - full).abs().max() < 0.005, "no more than cos and sin rounded to bfloat16"
 
 
 def test_low_memory_reference_swaps_the_initial_weights_in_and_the_trained_ones_back():

@@ -205,6 +205,16 @@ def test_two_processes_equal_one(run, tmp_path, micro_model_folder):
         assert a["prompt"] == b["prompt"] and a["completion"] == b["completion"]
 
 
+def test_what_bfloat16_autocast_leaves_in_float32_is_exact(run):
+    """The device is set up with TF32 products, in which rotary angles of far positions would be off by 0.1 rad."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert run(epochs=1, eval_samples=1, dtype="bfloat16")[0] == 0
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_decode_steps_without_a_graph_are_counted_and_give_the_same_run(run, capsys):
     folders = {decode: run(epochs=1, decode=decode)[1] for decode in ("eager", "graph")}
     assert "no CUDA graphs on a CPU" in capsys.readouterr().out
