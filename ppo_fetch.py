@@ -6,7 +6,7 @@
     objective   minimise  mean of -min(w A, clip(w, 1 - eps, 1 + eps) A) + c_v (V - R)^2 - c_e H
                 w = exp(logp - logp_old), R = A + V_old (PPO, arXiv 1707.06347)
 
-Every line of the algorithm that is an equation carries it: grep for "eq:".
+Every line of the algorithm that is an equation carries it: grep for "eq:". Symbols and results: docs/ppo_fetch.md.
 
 Against the PPO file that most people copy: time limits are bootstrapped through, running statistics are frozen for an
 iteration and saved, the KL limit is checked before each step, evaluation is apart, and physics runs on threads.
@@ -18,8 +18,6 @@ Dims: N environments, T steps, B = N * T, D observation, A action.
     uv run python ppo_fetch.py --env-id FetchPush-v4             # shaped reward, six minutes
     uv run python ppo_fetch.py --env-id CartPole-v1 --env-backend gymnasium
     uv run torchrun --nproc-per-node 4 ppo_fetch.py --env-id FetchPush-v4
-
-Equations next to symbols, metrics and results: docs/ppo_fetch.md.
 """
 
 import json
@@ -44,6 +42,7 @@ from common.robot import fetch, sim
 from common.robot.sim import SimArgs
 from common.run import Run
 from common.stats import explained_variance
+from common.streams import stream_seed, torch_stream
 from common.video import Videos, write_mp4
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
@@ -117,7 +116,6 @@ class Args(SimArgs):
 
 
 SUCCESS_REWARD, SHAPING, SHAPING_GAMMA = 0.1, 5.0, 1.0  # c, k and g of the shaped reward: see `reward_of`
-
 # What differs by task where a flag is not given. "other": whatever is not Fetch, near cleanRL's settings.
 SMALL = dict(num_minibatches=4, target_kl=0.03, hidden=64)
 LARGE = dict(num_minibatches=8, target_kl=0.05, hidden=256, num_envs=64, learning_rate=5e-4, gamma=0.95)
@@ -179,8 +177,7 @@ class Group:
 
 def make_groups(args: Args, world: World, pool=None) -> list[Group]:
     """This process's environments at their first training episodes; `pool` steps physics."""
-    # with seed + i, runs of neighbouring seeds would share all but one of their environments
-    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.num_envs).tolist()
+    seeds = [stream_seed(args.seed, "environment", i) % 2**32 for i in range(args.num_envs)]
     mine = world.share(args.num_envs)
     n, groups = (mine.stop - mine.start) // args.env_groups, []
     for first in range(mine.start, mine.stop, n):
@@ -633,18 +630,16 @@ def train(run: Run, args: Args) -> None:
     rates = [args.learning_rate]
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
-    # action noise and minibatch order come from the same streams in every process
-    generators = {name: torch.Generator().manual_seed(args.seed * 2 + i) for i, name in enumerate(("noise", "order"))}
     carry = torch.zeros(args.num_envs // world.size, dtype=torch.float64, device=world.device)  # for `returns_of`
 
     def write(folder: Path | None) -> dict:
         if folder:
             save_file({k: v.contiguous() for k, v in agent.state_dict().items()}, folder / "model.safetensors")
-        return sim.save(folder, groups, carry, scaler, generators, world)
+        return sim.save(folder, groups, carry, scaler, world)
 
     state = run.resume(state, optimizer)
     if run.checkpoint:
-        sim.load(run, state, groups, carry, scaler, generators)
+        sim.load(run, state, groups, carry, scaler)
         for group in groups:
             group.observe(group.envs.observe(), args)
     else:
@@ -660,7 +655,7 @@ def train(run: Run, args: Args) -> None:
     for step in run.steps(iterations):
         # ---- 1. rollout with frozen weights and statistics ----
         with run.clock("rollout"):
-            batch, episodes = rollout(agent, groups, args, generators["noise"], world)
+            batch, episodes = rollout(agent, groups, args, torch_stream(args.seed, "noise", step), world)
         with run.clock("update"):
             # ---- 2. values, advantages, returns: in units of scaled reward ----
             if args.scale_rewards:
@@ -677,7 +672,8 @@ def train(run: Run, args: Args) -> None:
                 # eq: lr_i = lr (1 - i / I),  i = 0 ... I - 1
                 group["lr"] = rate * (1 - step / iterations) if args.anneal_lr else rate
             batch |= {"advantages": advantages, "returns": returns}
-            metrics = update(agent, loss_of, optimizer, scaler, batch, args, generators["order"], world)
+            order = torch_stream(args.seed, "order", step)
+            metrics = update(agent, loss_of, optimizer, scaler, batch, args, order, world)
             # only now: the statistics that the actions were sampled with are those that they were scored with
             agent.statistics.update(batch["obs"].flatten(0, 1), world)
 

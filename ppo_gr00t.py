@@ -7,8 +7,8 @@
     advantage   over chunks of C executed actions: R_t = sum_k gamma^k r_k, discount gamma^C (GAE, arXiv 1506.02438)
     objective   minimise  mean of -min(w A, clip(w, 1 - eps, 1 + eps) A) + c_v (V - R)^2 - c_e H   (PPO, arXiv 1707.06347)
 
-Every line of the algorithm that is an equation carries it: grep for "eq:". `diff ppo_fetch.py ppo_gr00t.py` shows what a
-flow policy changes. Evaluation and deployment are the plain flow, without any noise but x_0.
+Every line of the algorithm that is an equation carries it: grep for "eq:". Symbols and results: docs/ppo_gr00t.md.
+`diff ppo_fetch.py ppo_gr00t.py` shows what a flow policy changes. Evaluation is the plain flow, x_0 its only noise.
 Left out on purpose: other simulators, gymnasium's backends (FetchVec is the same bits), training several tasks at once.
 
 Dims: N environments, T chunks, B = N * T decisions, C executed of H = 16 predicted actions, D = 32 padded action dims, of
@@ -18,8 +18,6 @@ which the robot has 4, K steps of the flow, M noisy ones among them, S backbone 
     uv run python gr00t_finetune.py --model-path lite            # demonstrations -> policy ...
     uv run python ppo_gr00t.py --model-path RUN_DIR --env-id FetchPush-v4                # ... -> better policy
     uv run python ppo_gr00t.py --model-path RUN_DIR --device cuda --amp bf16             # tiny or full: with cameras
-
-Equations next to symbols, metrics and results: docs/ppo_gr00t.md.
 """
 
 import math
@@ -51,6 +49,7 @@ from common.robot.sim import SimArgs
 from common.robot.transforms import pixel_values
 from common.run import Run
 from common.stats import explained_variance
+from common.streams import stream_seed, torch_stream
 from common.video import Videos, write_mp4
 
 DIMS = 4  # action dims of Fetch: displacement and gripper
@@ -144,7 +143,6 @@ class Args(GR00TArgs, SimArgs):
 
 
 SUCCESS_REWARD, SHAPING, SHAPING_GAMMA = 0.1, 5.0, 1.0  # c, k and g of the shaped reward: see `reward_of`
-
 # What differs by task where a flag is not given.
 SMALL = dict(num_minibatches=2, num_steps=5, noise_level=0.8, final_noise_level=0.3, gamma=0.9)
 LARGE = dict(num_minibatches=4, num_steps=10, noise_level=0.6, final_noise_level=0.25, gamma=0.95)
@@ -203,8 +201,7 @@ def make_envs(args: Args, num_envs: int, pool=None) -> fetch.FetchVec:
 
 def make_groups(args: Args, world: World, pool=None) -> list[Group]:
     """This process's environments at their first training episodes; `pool` steps physics."""
-    # with seed + i, runs of neighbouring seeds would share all but one of their environments
-    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.num_envs).tolist()
+    seeds = [stream_seed(args.seed, "environment", i) % 2**32 for i in range(args.num_envs)]
     mine = world.share(args.num_envs)
     n, groups = (mine.stop - mine.start) // args.env_groups, []
     for first in range(mine.start, mine.stop, n):
@@ -713,9 +710,9 @@ def play(act, envs: fetch.FetchVec, args: Args, draw=None) -> list[dict]:
     """One episode in each of `envs`, always the same starts and the same x_0; draw() is called after every step."""
     n = envs.num_envs
     group = Group(envs, slice(0, n), [args.eval_seed + i for i in range(n)], args)
-    generator, episodes = torch.Generator().manual_seed(args.eval_seed), []
+    x_0, episodes = torch_stream(args.eval_seed, "x_0"), []
     while len(episodes) < n:
-        episodes += play_chunk(group, act(group, generator), args, draw)[2]
+        episodes += play_chunk(group, act(group, x_0), args, draw)[2]
     return episodes
 
 
@@ -847,8 +844,6 @@ def train(run: Run, args: Args, interface: Interface) -> None:
     rates = [args.learning_rate, args.critic_learning_rate]
     optimizer = torch.optim.Adam([{"params": p, "lr": r} for p, r in zip((actor, critic), rates)], eps=1e-5, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
-    # noise and minibatch order come from the same streams in every process
-    generators = {name: torch.Generator().manual_seed(args.seed * 3 + i) for i, name in enumerate(("noise", "order"))}
     carry = torch.zeros(args.num_envs // world.size, dtype=torch.float64, device=world.device)  # for `returns_of`
 
     def write(folder: Path | None) -> dict:
@@ -856,11 +851,11 @@ def train(run: Run, args: Args, interface: Interface) -> None:
         if folder:
             rest = {k: v.contiguous() for k, v in agent.state_dict().items() if not k.startswith("model.")}
             save_file(rest, folder / "agent.safetensors")
-        return sim.save(folder, groups, carry, scaler, generators, world)
+        return sim.save(folder, groups, carry, scaler, world)
 
     state = run.resume(state, optimizer)
     if run.checkpoint:
-        sim.load(run, state, groups, carry, scaler, generators)
+        sim.load(run, state, groups, carry, scaler)
         for group in groups:
             group.observe(args)
     else:
@@ -880,7 +875,8 @@ def train(run: Run, args: Args, interface: Interface) -> None:
 
         # ---- 1. rollout with frozen weights and statistics ----
         with run.clock("rollout"):
-            batch, cache, episodes = rollout(agent, robot, groups, now, generators["noise"], world)
+            noise = torch_stream(args.seed, "noise", step)
+            batch, cache, episodes = rollout(agent, robot, groups, now, noise, world)
         with run.clock("update"):
             # ---- 2. values, advantages, returns: in units of scaled reward ----
             if step == 0:  # from now on fixed: a critic whose inputs keep moving learns everything anew
@@ -898,10 +894,11 @@ def train(run: Run, args: Args, interface: Interface) -> None:
                 # eq: lr_i = lr (1 - i / I),  i = 0 ... I - 1
                 group["lr"] = rate * (1 - step / iterations) if args.anneal_lr else rate
             batch |= {"advantages": advantages, "returns": returns}
-            loss_of, metrics = partial(minibatch_loss, cache=cache), {"optimizer_steps": 0}
+            loss_of, order = partial(minibatch_loss, cache=cache), torch_stream(args.seed, "order", step)
+            metrics = {"optimizer_steps": 0}
             if step >= args.critic_warmup:
-                metrics = update(agent, loss_of, optimizer, scaler, batch, now, generators["order"], world)
-            metrics |= fit_critic(agent, optimizer, batch, args, generators["order"], world)
+                metrics = update(agent, loss_of, optimizer, scaler, batch, now, order, world)
+            metrics |= fit_critic(agent, optimizer, batch, args, order, world)
 
         # ---- 4. log ----
         state["steps"] += run.unit

@@ -19,6 +19,7 @@ from test_docs import documented_metrics
 from test_ppo_math import WORLD
 
 import ppo_fetch
+from common import streams
 from common.cli import parse
 from common.robot import fetch, sim
 from ppo_fetch import Agent, Args, Group, features, finish_step, gae, rollout
@@ -376,6 +377,9 @@ def test_eval_only_and_init_from_use_the_saved_policy_and_refuse_foreign_ones(ru
     _, folder = run(**FETCH)
     wanted = [row for row in rows(folder) if "eval/success_rate" in row]
     best = max(wanted, key=lambda r: (r["eval/success_rate"], r["eval/episodic_return"]))
+    assert (folder / "best").exists() == (best["step"] > 0)  # what was not trained yet is not saved
+    if best["step"] == 0:
+        best = wanted[-1]
     code, measured = run(init_from=str(folder), eval_only=True, hidden=16, eval_episodes=2, capture_video=False)
     assert code == 0 and rows(measured)[0]["eval/episodic_return"] == best["eval/episodic_return"]
     for flags, words in (
@@ -473,3 +477,18 @@ def test_features_of_other_environments_are_flat_float32():
     nested = {"b": np.ones((2, 3)), "a": np.zeros((2, 2, 2))}
     x = features(nested, args)
     assert x.dtype == np.float32 and x.tolist() == [[0, 0, 0, 0, 1, 1, 1]] * 2
+
+
+def test_no_random_stream_of_a_run_is_used_twice_or_by_the_next_seed(run, monkeypatch):
+    found, original = [], streams.stream_seed
+
+    def spy(seed, name, *indices):
+        found.append(original(seed, name, *indices))
+        return found[-1]
+
+    monkeypatch.setattr(streams, "stream_seed", spy)
+    monkeypatch.setattr(ppo_fetch, "stream_seed", spy)
+    for seed in (1, 2):
+        run(**FETCH | {"seed": seed})
+    assert len(found) == len(set(found)) == 2 * (8 + 4 + 4)  # environments, noise and minibatch order of each iteration
+    assert len({number % 2**32 for number in found}) == len(found)  # what an environment's seed keeps of it

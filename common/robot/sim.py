@@ -175,7 +175,7 @@ def summary(episodes: list[dict], prefix: str) -> dict[str, float]:
     n, mean = len(episodes), lambda key: float(np.mean([e[key] for e in episodes]))
     metrics = {f"{prefix}/episodic_return": mean("return"), f"{prefix}/episodic_length": mean("length")}
     if "success" in episodes[0]:
-        low, high = wilson(sum(e["success"] for e in episodes), n, z=1.96)
+        low, high = wilson(sum(e["success"] for e in episodes), n)
         metrics |= {
             f"{prefix}/success_rate": mean("success"),
             f"{prefix}/success_rate_low": low,
@@ -211,7 +211,7 @@ def video_row(episode: dict) -> dict:
 # ---- checkpoints: a group is anything with `envs`, `episodes` and `rows`, its slice of the process's environments -----
 
 
-def save(folder: Path | None, groups: list, carry: torch.Tensor, scaler, generators: dict, world: World) -> dict:
+def save(folder: Path | None, groups: list, carry: torch.Tensor, scaler, world: World) -> dict:
     """Writes envs.safetensors: all processes' simulators, episodes and discounted returns `carry` (n,).
 
     Returns the rest for the trainer's state. Every process calls it, those that do not write with None. Gymnasium's own
@@ -227,18 +227,12 @@ def save(folder: Path | None, groups: list, carry: torch.Tensor, scaler, generat
     if folder is not None:
         rows = {name: np.concatenate([part[name] for part, _ in gathered]) for name in local}
         save_file(rows, folder / "envs.safetensors")
-    return {
-        "env_streams": [stream for _, own in gathered for stream in own],
-        "scaler": scaler.state_dict(),
-        "generators": {name: g.get_state().numpy().tobytes().hex() for name, g in generators.items()},
-    }
+    return {"env_streams": [stream for _, own in gathered for stream in own], "scaler": scaler.state_dict()}
 
 
-def load(run: Run, state: dict, groups: list, carry: torch.Tensor, scaler, generators: dict) -> None:
+def load(run: Run, state: dict, groups: list, carry: torch.Tensor, scaler) -> None:
     """Restores what `save` wrote into the run's checkpoint and into its state."""
     scaler.load_state_dict(state["scaler"])
-    for name, g in generators.items():
-        g.set_state(torch.frombuffer(bytearray.fromhex(state["generators"][name]), dtype=torch.uint8))
     arrays = load_file(run.checkpoint / "envs.safetensors")
     own = run.world.share(len(arrays["carry"]))
     arrays = {name: value[own] for name, value in arrays.items()}
