@@ -36,6 +36,7 @@ from common.language.lm import LMArgs, Policy, Reference
 from common.parallel import World, clip_gradients, sum_gradients
 from common.run import Run, RunArgs
 from common.stats import Sums, pass_at_k
+from common.streams import stream, stream_seed
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
 
@@ -114,7 +115,7 @@ def resolve(args: Args, config, excluded: set[str]) -> Args:
     if args.min_num > args.max_num:
         fail(f"--min-num {args.min_num} is above --max-num {args.max_num}")
     if args.n_samples is None:
-        problems = draw_unique(np.random.default_rng(0), level_of(args), 1000 if small else 100, excluded)
+        problems = draw_unique(stream(0, "count"), level_of(args), 1000 if small else 100, excluded)
         args = replace(args, n_samples=len(problems))
     return args
 
@@ -124,7 +125,7 @@ def check(args: Args, world: World, excluded: set[str]) -> None:
     lm.check_flags(args, world, REWARDS)
     P, level = args.batch_size // args.num_generations, level_of(args)
     needed = P if args.fresh else args.n_samples
-    if (found := len(draw_unique(np.random.default_rng(0), level, needed, excluded))) < needed:
+    if (found := len(draw_unique(stream(0, "count"), level, needed, excluded))) < needed:
         kinds = f"{level.low} to {level.high} with {' '.join(level.operations)}"
         held_out = ", besides those of the evaluation (--no-exclude-eval keeps them)" if args.exclude_eval else ""
         fail(f"{needed} training problems, but only {found} different problems exist for {kinds}{held_out}")
@@ -193,9 +194,8 @@ EVAL_BANDS = {
 OPERATION_NAMES = {"+": "add", "-": "sub", "*": "mul", "/": "div"}
 
 
-def draw_bands(seed: int) -> list[Problem]:
+def draw_bands(rng: np.random.Generator) -> list[Problem]:
     """200 problems in the proportions of the standard evaluation, shuffled."""
-    rng = np.random.default_rng(seed)
     problems = [draw_problem(rng, level, band) for band, (n, level) in EVAL_BANDS.items() for _ in range(n)]
     return [problems[i] for i in rng.permutation(len(problems))]
 
@@ -213,10 +213,10 @@ def level_of(args: Args) -> Level:
     return Level(args.min_num, args.max_num, args.operations)
 
 
-def draw_batch(pool: list[Problem], step: int, num_prompts: int, seed: list[int]) -> list[Problem]:
+def draw_batch(pool: list[Problem], step: int, num_prompts: int, seed: int, level: int = 0) -> list[Problem]:
     """Batch number `step` over `pool`: a new permutation every epoch, the incomplete last batch of each dropped."""
     epoch, i = divmod(step, len(pool) // num_prompts)
-    order = np.random.default_rng([*seed, epoch]).permutation(len(pool))
+    order = stream(seed, "order", level, epoch).permutation(len(pool))
     return [pool[j] for j in order[i * num_prompts : (i + 1) * num_prompts]]
 
 
@@ -464,13 +464,13 @@ def update(policy, reference, optimizer, roll, advantages, args: Args, world: Wo
 # ---- 4. Rollout ------------------------------------------------------------------------------------------------------
 
 
-def sampling_noise(seed: list[int], sample_ids, length: int) -> torch.Tensor:
-    """Uniform numbers (B, length) in [0, 1), a function of (seed, sample id, position) alone.
+def sampling_noise(key: int, sample_ids, length: int) -> torch.Tensor:
+    """Uniform numbers (B, length) in [0, 1), a function of (key, sample id, position) alone; key: a stream_seed.
 
     A completion therefore does not depend on the batch, the process or the order it was sampled in.
     """
-    key = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
-    rows = [np.random.Generator(np.random.Philox(key=[key, i])).random(length, dtype=np.float32) for i in sample_ids]
+    keys = [[key % 2**64, i] for i in sample_ids]
+    rows = [np.random.Generator(np.random.Philox(key=k)).random(length, dtype=np.float32) for k in keys]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -554,12 +554,12 @@ class Rollout:
         return found
 
 
-def rollout(policy: Policy, problems, num_generations, temperature, seed: list[int], sample_ids, args: Args) -> Rollout:
-    """num_generations completions of each problem; seed and sample_ids (b,): see sampling_noise."""
+def rollout(policy: Policy, problems, num_generations, temperature, key: int, sample_ids, args: Args) -> Rollout:
+    """num_generations completions of each problem; key and sample_ids (b,): see sampling_noise."""
     prompts, T = policy.encode([p.prompt for p in problems]), args.max_completion_length
     options = {"num_generations": num_generations, "max_new_tokens": T, "temperature": temperature} | policy.sampling
     with policy.autocast():
-        ids, mask, logprobs = generate(policy.sampler, prompts, noise=sampling_noise(seed, sample_ids, T), **options)
+        ids, mask, logprobs = generate(policy.sampler, prompts, noise=sampling_noise(key, sample_ids, T), **options)
     problems = [p for p in problems for _ in range(num_generations)]
     texts = policy.texts(ids, mask)
     correct = [is_correct(text, p) for text, p in zip(texts, problems)]
@@ -570,13 +570,14 @@ def rollout(policy: Policy, problems, num_generations, temperature, seed: list[i
 # ---- 5. Evaluate -----------------------------------------------------------------------------------------------------
 
 
-def sample_answers(policy: Policy, problems, samples: int, temperature, args: Args, world: World, seed=0):
+def sample_answers(policy: Policy, problems, samples: int, temperature, args: Args, world: World, name="evaluation"):
     """k completions of each problem, with one noise in all runs and steps -> correct (N, k) floats, N lists of k texts."""
+    key = stream_seed(0, name)  # of the evaluation, not of the run
     mine, size = range(world.rank, len(problems), world.size), max(args.eval_batch_size // samples, 1)
     results = []
     for chunk in (mine[start : start + size] for start in range(0, len(mine), size)):
         sample_ids = [i * samples + k for i in chunk for k in range(samples)]
-        roll = rollout(policy, [problems[i] for i in chunk], samples, temperature, [1, seed], sample_ids, args)
+        roll = rollout(policy, [problems[i] for i in chunk], samples, temperature, key, sample_ids, args)
         results += zip(
             chunk, np.reshape(roll.correct, (-1, samples)).tolist(), np.reshape(roll.texts, (-1, samples)).tolist()
         )
@@ -617,7 +618,7 @@ def measure(run: Run, policy: Policy, problems, validation, trained_prompts, sta
     """The standard evaluation, and the validation accuracy: it picks the best step and may end the run."""
     with run.clock("eval"):
         metrics, table = evaluate(policy, problems, trained_prompts, args, run.world)
-        right, _ = sample_answers(policy, validation, 4, args.eval_temperature, args, run.world, seed=1)
+        right, _ = sample_answers(policy, validation, 4, args.eval_temperature, args, run.world, "validation")
         metrics["validation_accuracy"] = right.mean()
     if step > 0:  # the best trained weights: the base model is no candidate
         run.is_best(step, metrics["validation_accuracy"])
@@ -639,11 +640,11 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
     own, mine = world.share(P), world.share(B)  # this process's prompts and completions
     pool = []
     if not args.fresh:
-        pool = draw_unique(np.random.default_rng([args.seed, 0]), level, args.n_samples, excluded)
+        pool = draw_unique(stream(args.seed, "problems"), level, args.n_samples, excluded)
     trained = {p.prompt for p in pool}
     # picks the best checkpoint and stops early, so that the evaluation set itself selects nothing
     known = trained | {p.prompt for p in eval_problems}
-    validation = [p for p in draw_bands(seed=2**31) if p.prompt not in known]
+    validation = [p for p in draw_bands(stream(0, "validation problems")) if p.prompt not in known]
     steps_per_epoch = max(args.n_samples // P, 1)
     total_steps = args.epochs * steps_per_epoch
 
@@ -668,13 +669,13 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
         # ---- 1. sample G completions of P problems; each process its share ----
         with run.clock("generation"):
             if args.fresh:
-                problems = draw_unique(np.random.default_rng([args.seed, 2, step]), level, P, excluded)
+                problems = draw_unique(stream(args.seed, "fresh", step), level, P, excluded)
                 state["fresh_prompts"] += [p.prompt for p in problems if p.prompt not in trained]
                 trained.update(p.prompt for p in problems)
             else:
-                problems = draw_batch(pool, step, P, [args.seed, 1, 0])
-            sample_ids = range(step * B + mine.start, step * B + mine.stop)
-            roll = rollout(policy, problems[own], G, args.temperature, [0, args.seed], sample_ids, args)
+                problems = draw_batch(pool, step, P, args.seed)
+            key, sample_ids = stream_seed(args.seed, "sampling"), range(step * B + mine.start, step * B + mine.stop)
+            roll = rollout(policy, problems[own], G, args.temperature, key, sample_ids, args)
 
             # ---- 2. reward every completion, over all processes ----
             rows = world.gather(roll.rows(args.rewards))  # B
@@ -713,7 +714,7 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
     if run.stopped:
         return
     if not args.fresh:
-        right, _ = sample_answers(policy, pool, 4, args.temperature, args, world, seed=2)
+        right, _ = sample_answers(policy, pool, 4, args.temperature, args, world, "training problems")
         state["last"]["final_train_accuracy"] = right.mean()
         run.write(done, {"final_train_accuracy": right.mean()})
     run.finish(watch.outcome(run, state, done))

@@ -40,6 +40,7 @@ from common.language.lm import LMArgs, Policy, Reference
 from common.parallel import World, clip_gradients, sum_gradients
 from common.run import Run, RunArgs
 from common.stats import Sums, pass_at_k
+from common.streams import stream, stream_seed
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
 
@@ -310,7 +311,7 @@ def draw_held_out(args: Args, split: str, n: int, excluded: set[str]) -> list[Pr
     """Up to n different problems of each task, the same in every run with these numbers."""
     (level,), problems = levels_of(replace(args, curriculum="none")), []
     for task in args.tasks:
-        rng = np.random.default_rng([2025, *task.encode()])
+        rng = stream(0, f"{split} problems: {task}")
         draws = {p.prompt: p for p in (draw_from(rng, task, level, split, excluded) for _ in range(4 * n))}
         problems += [replace(p, difficulty="held out") for p in draws.values()][:n]
     return problems
@@ -327,10 +328,10 @@ def next_level(curriculum: str, level: int, progress: float, recent_rewards: lis
     return min(max(level + step, 0), len(CURRICULA["dynamic"]) - 1)
 
 
-def draw_batch(pool: list[Problem], step: int, num_prompts: int, seed: list[int]) -> list[Problem]:
+def draw_batch(pool: list[Problem], step: int, num_prompts: int, seed: int, level: int = 0) -> list[Problem]:
     """Batch number `step` over `pool`: a new permutation every epoch, the incomplete last batch of each dropped."""
     epoch, i = divmod(step, len(pool) // num_prompts)
-    order = np.random.default_rng([*seed, epoch]).permutation(len(pool))
+    order = stream(seed, "order", level, epoch).permutation(len(pool))
     return [pool[j] for j in order[i * num_prompts : (i + 1) * num_prompts]]
 
 
@@ -623,13 +624,13 @@ def update(policy, reference, optimizer, roll, advantages, args: Args, world: Wo
 # ---- 4. Rollout ------------------------------------------------------------------------------------------------------
 
 
-def sampling_noise(seed: list[int], sample_ids, length: int) -> torch.Tensor:
-    """Uniform numbers (B, length) in [0, 1), a function of (seed, sample id, position) alone.
+def sampling_noise(key: int, sample_ids, length: int) -> torch.Tensor:
+    """Uniform numbers (B, length) in [0, 1), a function of (key, sample id, position) alone; key: a stream_seed.
 
     A completion therefore does not depend on the batch, the process or the order it was sampled in.
     """
-    key = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
-    rows = [np.random.Generator(np.random.Philox(key=[key, i])).random(length, dtype=np.float32) for i in sample_ids]
+    keys = [[key % 2**64, i] for i in sample_ids]
+    rows = [np.random.Generator(np.random.Philox(key=k)).random(length, dtype=np.float32) for k in keys]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -713,12 +714,12 @@ class Rollout:
         return found
 
 
-def rollout(policy: Policy, problems, num_generations, temperature, seed: list[int], sample_ids, args: Args) -> Rollout:
-    """num_generations completions of each problem; seed and sample_ids (b,): see sampling_noise."""
+def rollout(policy: Policy, problems, num_generations, temperature, key: int, sample_ids, args: Args) -> Rollout:
+    """num_generations completions of each problem; key and sample_ids (b,): see sampling_noise."""
     prompts, T = policy.encode([p.prompt for p in problems]), args.max_completion_length
     options = {"num_generations": num_generations, "max_new_tokens": T, "temperature": temperature} | policy.sampling
     with policy.autocast():
-        ids, mask, logprobs = generate(policy.sampler, prompts, noise=sampling_noise(seed, sample_ids, T), **options)
+        ids, mask, logprobs = generate(policy.sampler, prompts, noise=sampling_noise(key, sample_ids, T), **options)
     problems = [p for p in problems for _ in range(num_generations)]
     texts = policy.texts(ids, mask)
     correct = [is_correct(text, p) for text, p in zip(texts, problems)]
@@ -729,13 +730,14 @@ def rollout(policy: Policy, problems, num_generations, temperature, seed: list[i
 # ---- 5. Evaluate -----------------------------------------------------------------------------------------------------
 
 
-def sample_answers(policy: Policy, problems, samples: int, temperature, args: Args, world: World, seed=0):
+def sample_answers(policy: Policy, problems, samples: int, temperature, args: Args, world: World, name="evaluation"):
     """k completions of each problem, with one noise in all runs and steps -> correct (N, k) floats, N lists of k texts."""
+    key = stream_seed(0, name)  # of the evaluation, not of the run
     mine, size = range(world.rank, len(problems), world.size), max(args.eval_batch_size // samples, 1)
     results = []
     for chunk in (mine[start : start + size] for start in range(0, len(mine), size)):
         sample_ids = [i * samples + k for i in chunk for k in range(samples)]
-        roll = rollout(policy, [problems[i] for i in chunk], samples, temperature, [1, seed], sample_ids, args)
+        roll = rollout(policy, [problems[i] for i in chunk], samples, temperature, key, sample_ids, args)
         results += zip(
             chunk, np.reshape(roll.correct, (-1, samples)).tolist(), np.reshape(roll.texts, (-1, samples)).tolist()
         )
@@ -782,7 +784,7 @@ def measure(run: Run, policy: Policy, problems, validation, trained_prompts, sta
     """The standard evaluation, and the validation accuracy: it picks the best step and may end the run."""
     with run.clock("eval"):
         metrics, table = evaluate(policy, problems, trained_prompts, args, run.world)
-        right, _ = sample_answers(policy, validation, 4, args.eval_temperature, args, run.world, seed=1)
+        right, _ = sample_answers(policy, validation, 4, args.eval_temperature, args, run.world, "validation")
         metrics["validation_accuracy"] = right.mean()
     if step > 0:  # the best trained weights: the base model is no candidate
         run.is_best(step, metrics["validation_accuracy"])
@@ -807,8 +809,8 @@ def draw_step(run: Run, step: int, pools, levels, state, args: Args, excluded) -
     level, pool = with_shares(args, levels[number], state["solve_rates"]), pools[number]
     P = args.batch_size // args.num_generations
     if args.fresh or args.sampling != "proportional":
-        return level, pool, draw_more(np.random.default_rng([args.seed, 2, step]), args, pool, level, P, excluded)
-    return level, pool, draw_batch(pool, step - state["level_start"], P, [args.seed, 1, number])
+        return level, pool, draw_more(stream(args.seed, "fresh", step), args, pool, level, P, excluded)
+    return level, pool, draw_batch(pool, step - state["level_start"], P, args.seed, number)
 
 
 def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], excluded: set[str]) -> None:
@@ -817,7 +819,7 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
     own, mine = world.share(P), world.share(B)  # this process's prompts and completions
     levels, pools = levels_of(args), []
     for i, level in enumerate(levels):
-        pools.append(draw_mixture(np.random.default_rng([args.seed, i]), level, args.n_samples, excluded))
+        pools.append(draw_mixture(stream(args.seed, "problems", i), level, args.n_samples, excluded))
     trained = set() if args.fresh else {p.prompt for pool in pools for p in pool}
     # picks the best checkpoint and stops early, so that the evaluation set itself selects nothing
     validation = draw_held_out(args, "validation", 40, excluded)
@@ -846,8 +848,8 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
         # ---- 1. sample G completions of P problems; each process its share ----
         with run.clock("generation"):
             level, pool, problems = draw_step(run, step, pools, levels, state, args, excluded)
-            sample_ids = range(step * B + mine.start, step * B + mine.stop)
-            roll = rollout(policy, problems[own], G, args.temperature, [0, args.seed], sample_ids, args)
+            key, sample_ids = stream_seed(args.seed, "sampling"), range(step * B + mine.start, step * B + mine.stop)
+            roll = rollout(policy, problems[own], G, args.temperature, key, sample_ids, args)
 
             # ---- 2. reward every completion, over all processes; groups without spread teach nothing: refill them ----
             first_rows, refilled = [], 0
@@ -860,14 +862,14 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
                 if attempt == args.refill or not dull:
                     break
                 refilled += len(dull)
-                rng = np.random.default_rng([args.seed, 3 + attempt, step])
+                rng = stream(args.seed, "refill", attempt, step)
                 for i, problem in zip(dull, draw_more(rng, args, pool, level, len(dull), excluded)):
                     problems[i] = problem
                 if places := [i - own.start for i in dull if own.start <= i < own.stop]:
-                    # far from the ids of all steps, so that no noise is used twice
-                    far = [sample_ids[i * G + j] + (attempt + 1) * 2**40 for i in places for j in range(G)]
+                    ids = [sample_ids[i * G + j] for i in places for j in range(G)]
                     drawn = [problems[own][i] for i in places]
-                    new = rollout(policy, drawn, G, args.temperature, [0, args.seed], far, args)
+                    key = stream_seed(args.seed, "refill sampling", attempt)
+                    new = rollout(policy, drawn, G, args.temperature, key, ids, args)
                     roll = lm.replace_groups(roll, new, places)
             if args.fresh:
                 state["fresh_prompts"] += [p.prompt for p in problems if p.prompt not in trained]
@@ -912,7 +914,7 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
     if run.stopped:
         return
     if not args.fresh:
-        right, _ = sample_answers(policy, pools[-1], 4, args.temperature, args, world, seed=2)
+        right, _ = sample_answers(policy, pools[-1], 4, args.temperature, args, world, "training problems")
         state["last"]["final_train_accuracy"] = right.mean()
         run.write(done, {"final_train_accuracy": right.mean()})
     for name in (f"eval_{task}_accuracy" for task in args.tasks):
@@ -931,7 +933,7 @@ def main(args: Args) -> None:
     if not args.eval_only:
         check(args, run.world)
     problems += draw_held_out(args, "eval", args.task_eval_problems, excluded)
-    draws = [p for level in levels_of(args) for p in draw_mixture(np.random.default_rng(0), level, 200, excluded)]
+    draws = [p for level in levels_of(args) for p in draw_mixture(stream(0, "lengths"), level, 200, excluded)]
     lm.check_context(args, config, tokenizer, [p.prompt for p in [*problems, *draws]])
 
     model = lm.load_model(args, run.world.device, run.checkpoint)

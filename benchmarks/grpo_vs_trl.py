@@ -112,14 +112,14 @@ def run_ours(args: Args) -> dict:
 
 def run_trl(args: Args) -> dict:
     import datasets
-    import numpy as np
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     import grpo_arithmetic as grpo
+    from common.streams import stream
 
     n = args.batch_size // args.num_generations
-    problems = grpo.draw_unique(np.random.default_rng([42, 0]), grpo.Level(0, 20), n)
+    problems = grpo.draw_unique(stream(42, "problems"), grpo.Level(0, 20), n)
     rows = [{"prompt": p.prompt, "answer": p.answer} for p in problems]
     step_s, generation_s, tokens = [], [], []
 

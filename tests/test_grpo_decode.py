@@ -53,7 +53,7 @@ def sampler_of(model):
 
 
 def rollout(model, decoder=None, prompts=PROMPTS, G=20, T=24, temperature=0.7, seed=0, **options):
-    noise = sampling_noise([seed], range(len(prompts) * G), T)
+    noise = sampling_noise(seed, range(len(prompts) * G), T)
     return generate(
         model, prompts, num_generations=G, max_new_tokens=T, temperature=temperature, noise=noise, decoder=decoder,
         **SAMPLING | options,

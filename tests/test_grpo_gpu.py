@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def rollout(model, T=12, G=4, decoder=None, seed=0):
-    noise = sampling_noise([seed], range(3 * G), T)
+    noise = sampling_noise(seed, range(3 * G), T)
     return generate(
         model, PROMPTS, num_generations=G, max_new_tokens=T, temperature=0.7, noise=noise, decoder=decoder, **SAMPLING
     )

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def rollout(model, prompts=PROMPTS, G=4, T=12, temperature=0.7, seed=0, first=0):
-    noise = sampling_noise([seed], range(first, first + len(prompts) * G), T)
+    noise = sampling_noise(seed, range(first, first + len(prompts) * G), T)
     return generate(
         model, prompts, num_generations=G, max_new_tokens=T, temperature=temperature, noise=noise,
         **SAMPLING,
@@ -62,7 +62,7 @@ def slow_generate(model, prompt, uniforms, temperature, stop_ids, vocab_size):
 def test_generation_equals_a_loop_without_cache_token_for_token(name, temperature):
     model, G, T = make_model(name), 4, 12
     ids, mask, logprobs = rollout(model, G=G, T=T, temperature=temperature)
-    noise = sampling_noise([0], range(len(PROMPTS) * G), T)
+    noise = sampling_noise(0, range(len(PROMPTS) * G), T)
     lengths = set()
     for i in range(len(ids)):
         tokens, logp = slow_generate(model, PROMPTS[i // G], noise[i], temperature, STOP, 259)
@@ -183,10 +183,10 @@ def test_a_completion_does_not_depend_on_its_batch_but_on_its_sample_id():
 
 
 def test_noise_is_uniform_and_keyed_by_seed_sample_and_position():
-    noise = sampling_noise([3, 42], range(4000), 8)
-    assert torch.equal(noise[100:110], sampling_noise([3, 42], range(100, 110), 8))
-    assert torch.equal(noise[:, :3], sampling_noise([3, 42], range(4000), 3))
-    assert not torch.equal(noise, sampling_noise([4, 42], range(4000), 8))
+    noise = sampling_noise(3, 42, range(4000), 8)
+    assert torch.equal(noise[100:110], sampling_noise(3, 42, range(100, 110), 8))
+    assert torch.equal(noise[:, :3], sampling_noise(3, 42, range(4000), 3))
+    assert not torch.equal(noise, sampling_noise(4, 42, range(4000), 8))
     assert 0 <= noise.min() and noise.max() < 1
     counts = np.histogram(noise.numpy(), bins=20, range=(0, 1))[0]
     assert ((counts - 1600) ** 2 / 1600).sum() < 45.3  # chi-square with 19 degrees of freedom, p = 0.0006

@@ -19,6 +19,7 @@ from test_docs import documented_metrics
 from transformers import AutoModelForCausalLM
 
 import grpo_arithmetic as grpo
+from common import streams
 from common.cli import parse
 from common.language import lm, watch
 
@@ -131,6 +132,26 @@ def test_the_ids_in_the_loss_are_the_ids_that_were_sampled(run, monkeypatch):
     assert len(trained) == 2
     for (ids, mask), (ids_in_loss, mask_in_loss) in zip(rollouts, trained):
         assert torch.equal(ids, ids_in_loss) and torch.equal(mask, mask_in_loss)
+
+
+def test_streams_of_a_run_and_of_its_neighbour_differ_but_for_those_of_the_evaluation(run, monkeypatch):
+    drawn = {}
+    derive = streams.stream_seed
+
+    def spy(seed, name, *indices):
+        drawn.setdefault(seed, {})[(name, *indices)] = derive(seed, name, *indices)
+        return drawn[seed][(name, *indices)]
+
+    monkeypatch.setattr(streams, "stream_seed", spy)
+    monkeypatch.setattr(grpo, "stream_seed", spy)
+    for seed in (42, 43):
+        run(epochs=2, seed=seed)
+        run(epochs=2, seed=seed, fresh=True)
+    assert drawn.keys() == {0, 42, 43} and drawn[42].keys() == drawn[43].keys()
+    assert {name for name, *_ in drawn[42]} == {"problems", "order", "fresh", "sampling"}
+    assert {name for name, *_ in drawn[0]} >= {"evaluation", "validation", "validation problems", "training problems"}
+    seeds = [value for found in drawn.values() for value in found.values()]
+    assert len(set(value % 2**64 for value in seeds)) == len(seeds), "also as keys of the sampling noise"
 
 
 def test_one_seed_gives_one_run_and_another_seed_another(run):
@@ -292,9 +313,9 @@ def test_the_best_checkpoint_has_the_best_validation_accuracy(run, monkeypatch):
     scores = iter([0.1, 0.3, 0.9, 0.2, 0.4])  # before training, then after every second step
     sample_answers = grpo.sample_answers
 
-    def scripted(*args, seed=0):
-        correct, texts = sample_answers(*args, seed=seed)
-        return (correct * 0 + next(scores), texts) if seed == 1 else (correct, texts)
+    def scripted(*args):
+        correct, texts = sample_answers(*args)
+        return (correct * 0 + next(scores), texts) if args[-1] == "validation" else (correct, texts)
 
     monkeypatch.setattr(grpo, "sample_answers", scripted)
     _, folder = run(eval_every=2, save_every=0, keep=1)
