@@ -665,7 +665,7 @@ def generate(
 ):
     """Samples num_generations completions of each prompt.
 
-    prompts: P lists of token ids; noise (B, max_new_tokens) from sampling_noise, needed unless temperature is 0.
+    prompts: P lists of token ids; noise (B, max_new_tokens) from sampling_noise, None: from torch's generator.
     Returns ids (B, T) int64 with pad_id after the end, mask (B, T) bool up to and including the first end token, and
     logprobs (B, T) float32 of the sampled tokens, 0 where masked; B = P * num_generations, T <= max_new_tokens.
     """

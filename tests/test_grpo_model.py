@@ -167,6 +167,17 @@ def test_micro_batch_sizes_give_one_gradient_except_for_bnpo(loss_type):
     assert gap > 1e-4 if loss_type == "bnpo" else gap < 1e-10
 
 
+def test_without_noise_numbers_come_from_torchs_generator():
+    model, options = make_model(), dict(num_generations=4, max_new_tokens=12, **SAMPLING)
+    greedy = generate(model, PROMPTS, temperature=0.0, **options)
+    assert torch.equal(greedy[0], rollout(model, temperature=0.0)[0])
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(generate(model, PROMPTS, temperature=0.7, **options)[0].tolist())
+    assert found[0] == found[1] != found[2]
+
+
 def test_a_completion_does_not_depend_on_its_batch_but_on_its_sample_id():
     model = make_model()
     ids, mask, _ = rollout(model)

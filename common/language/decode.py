@@ -132,7 +132,7 @@ class Decoder:
     def prefill(self, prompts, num_generations, max_new_tokens, noise, stop_ids, pad_id, sample, *settings) -> Rows:
         """Computes every distinct prompt once, gives each of its completions a row, and appends their first tokens.
 
-        prompts: lists of token ids; noise (B, T), or None where `sample` needs none.
+        prompts: lists of token ids; noise (B, T), or None: from torch's generator.
         """
         model, device, T = self.model, self.model.device, max_new_tokens
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
@@ -158,7 +158,7 @@ class Decoder:
             keys=[expand(layer.keys) for layer in cache.layers],
             values=[expand(layer.values) for layer in cache.layers],
             t=torch.zeros(1, dtype=torch.long, device=device),
-            noise=torch.zeros(B, T, device=device) if noise is None else noise.to(device),
+            noise=torch.rand(B, T, device=device) if noise is None else noise.to(device),
             ids=torch.full((B, T), pad_id, device=device),
             logprobs=torch.zeros(B, T, device=device),
             stop_ids=tuple(stop_ids),
