@@ -177,6 +177,7 @@ class Group:
 
 def make_groups(args: Args, world: World, pool=None) -> list[Group]:
     """This process's environments at their first training episodes; `pool` steps physics."""
+    # 32 bits: what any simulator takes for a seed
     seeds = [stream_seed(args.seed, "environment", i) % 2**32 for i in range(args.num_envs)]
     mine = world.share(args.num_envs)
     n, groups = (mine.stop - mine.start) // args.env_groups, []
@@ -639,8 +640,7 @@ def train(run: Run, args: Args) -> None:
 
     state = run.resume(state, optimizer)
     if run.checkpoint:
-        sim.load(run, state, groups, carry, scaler)
-        for group in groups:
+        for group in sim.load(run, state, groups, carry, scaler):
             group.observe(group.envs.observe(), args)
     else:
         idle = evaluate(do_nothing(space), eval_envs, args) if world.main else {}
@@ -702,6 +702,7 @@ def train(run: Run, args: Args) -> None:
             videos.film(step + 1, record_video, act, args)
         shown = {"success": metrics.get("charts/success_rate"), "ret": metrics.get("charts/episodic_return")}
         run.end_step(step + 1, metrics, state, optimizer, write, **shown, eval=state["last"].get("eval/success_rate"))
+    sim.close(groups, eval_envs)
     run.finish(sim.outcome(run, state, "doing nothing"))
 
 

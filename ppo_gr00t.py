@@ -201,6 +201,7 @@ def make_envs(args: Args, num_envs: int, pool=None) -> fetch.FetchVec:
 
 def make_groups(args: Args, world: World, pool=None) -> list[Group]:
     """This process's environments at their first training episodes; `pool` steps physics."""
+    # 32 bits: what any simulator takes for a seed
     seeds = [stream_seed(args.seed, "environment", i) % 2**32 for i in range(args.num_envs)]
     mine = world.share(args.num_envs)
     n, groups = (mine.stop - mine.start) // args.env_groups, []
@@ -803,9 +804,8 @@ def fine_tune_start(args: Args, run: Run) -> Args:
 
 def load_agent(args: Args, interface: Interface, run: Run) -> tuple[Agent, FetchRobot, dict]:
     """Policy and critic, the robot, and LoRA's adapters; with --resume as they were saved."""
-    frozen, device = not (args.tune_llm or args.tune_visual), run.world.device
+    device, attention, frozen = run.world.device, args.attn_implementation, not (args.tune_llm or args.tune_visual)
     dtype = torch.bfloat16 if args.amp == "bf16" and frozen and interface.config.video else torch.float32
-    attention = args.attn_implementation
     model = GR00T.from_pretrained(args.model_path, device=device, attn_implementation=attention, backbone_dtype=dtype)
     robot = FetchRobot(interface, args.env_id)
     interface.prepare(model.config, model_tokenizer(model.config, args.tokenizer), [robot.instruction])
@@ -855,8 +855,7 @@ def train(run: Run, args: Args, interface: Interface) -> None:
 
     state = run.resume(state, optimizer)
     if run.checkpoint:
-        sim.load(run, state, groups, carry, scaler)
-        for group in groups:
+        for group in sim.load(run, state, groups, carry, scaler):
             group.observe(args)
     else:
         run.say(
@@ -928,6 +927,7 @@ def train(run: Run, args: Args, interface: Interface) -> None:
             videos.film(step + 1, record_video, act, args)
         shown = {"success": metrics.get("charts/success_rate"), "ret": metrics.get("charts/episodic_return")}
         run.end_step(step + 1, metrics, state, optimizer, write, **shown, eval=state["last"].get("eval/success_rate"))
+    sim.close(groups, eval_envs)
     run.finish(sim.outcome(run, state, "starting policy"))
 
 

@@ -101,6 +101,8 @@ FLAGS = {  # not mistakes, but choices of this script that matter
     "no_target_kl": ["--target-kl", "0"],
     "no_obs_statistics": ["--no-normalize-obs"],
     "no_reward_scaling": ["--no-scale-rewards"],
+    "no_advantage_norm": ["--no-norm-adv"],
+    "no_annealing": ["--no-anneal-lr"],
 }
 VARIANTS = {"none": None} | {patch.__name__: patch for patch in PATCHES} | dict.fromkeys(FLAGS)
 

@@ -492,3 +492,11 @@ def test_no_random_stream_of_a_run_is_used_twice_or_by_the_next_seed(run, monkey
         run(**FETCH | {"seed": seed})
     assert len(found) == len(set(found)) == 2 * (8 + 4 + 4)  # environments, noise and minibatch order of each iteration
     assert len({number % 2**32 for number in found}) == len(found)  # what an environment's seed keeps of it
+
+
+def test_environments_that_cannot_be_saved_start_anew_and_say_so(run, capsys):
+    code, folder = run(env_id="ProbeSolved-v0", total_timesteps=160, num_envs=4, num_steps=10, save_every=2, **GYM)
+    assert code == 0
+    code, again = run(resume=str(folder / "checkpoints" / "step-000000080"))
+    assert code == 0 and again == folder and "start anew" in capsys.readouterr().out
+    assert [row["step"] for row in rows(folder)] == [0, 40, 80, 120, 160]

@@ -230,17 +230,24 @@ def save(folder: Path | None, groups: list, carry: torch.Tensor, scaler, world: 
     return {"env_streams": [stream for _, own in gathered for stream in own], "scaler": scaler.state_dict()}
 
 
-def load(run: Run, state: dict, groups: list, carry: torch.Tensor, scaler) -> None:
-    """Restores what `save` wrote into the run's checkpoint and into its state."""
+def load(run: Run, state: dict, groups: list, carry: torch.Tensor, scaler) -> list:
+    """Restores what `save` wrote into the run's checkpoint and state; returns the groups that have to look again."""
     scaler.load_state_dict(state["scaler"])
     arrays = load_file(run.checkpoint / "envs.safetensors")
     own = run.world.share(len(arrays["carry"]))
     arrays = {name: value[own] for name, value in arrays.items()}
-    carry.copy_(torch.from_numpy(arrays["carry"]))
     if "physics" not in arrays:
         run.say("gymnasium's environments cannot be saved: their episodes start anew")
-        return
+        return []
+    carry.copy_(torch.from_numpy(arrays["carry"]))
     for group in groups:
         group.envs.set_state({name: x[group.rows] for name, x in arrays.items()}, state["env_streams"][own][group.rows])
         for name, value in vars(group.episodes).items():
             value[:] = arrays[name][group.rows]
+    return groups
+
+
+def close(groups: list, *others: VectorEnv | None) -> None:
+    for envs in (*(group.envs for group in groups), *others):
+        if envs is not None:
+            envs.close()
