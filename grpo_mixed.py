@@ -3,7 +3,7 @@
     prompt      Is 7 less than 8? Answer yes or no:            P prompts a step, G completions of each, B = P * G rows
     reward      r_i = +1 if the answer that the task's parser finds in the completion is right, else -1
     advantage   A_i = (r_i - mean_group(r)) / (std_group(r) + 1e-4)
-    objective   minimise  mean over tokens of  -min(w A, clip(w, 1 - eps, 1 + eps) A) + beta * KL_k3(policy || reference)
+    objective   minimise  mean over tokens of  -min(w A, clip(w, 1 - eps, 1 + eps) A) + beta * KL_k3(policy || ref)
                 w = exp(logp - logp_old) is the probability ratio, one per token (DeepSeekMath, arXiv 2402.03300)
 
 A task is a function that draws a problem, and a parser of its answers: see TASKS. diff grpo_arithmetic.py grpo_mixed.py
@@ -93,7 +93,7 @@ class Args(LMArgs, RunArgs):
 
     # update
     epochs: int | None = None
-    """passes over the training problems; steps = epochs * (n_samples // prompts per step); default: 50, small models 6"""
+    """passes over the training problems; steps = epochs * (n_samples // prompts per step); default: 50, if small 6"""
     learning_rate: float | None = None
     """peak AdamW learning rate; default: 5e-6, below 50 M parameters 3e-4"""
     warmup_ratio: float = 0.1
@@ -176,7 +176,7 @@ class Level:
 
 
 def make_problem(a: int, op: str, b: int, difficulty: str = "") -> Problem:
-    """7, "*", 8 -> "Calculate: 7 * 8 = " with answer "56". Divisions are exact: a becomes the multiple of b below it."""
+    """7, "*", 8 -> "Calculate: 7 * 8 = " with answer "56". Divisions are exact: a becomes a multiple of b."""
     if op == "/":
         a = a // b * b
     result = {"+": a + b, "-": a - b, "*": a * b}[op] if op != "/" else a // b
@@ -249,7 +249,7 @@ OPERATION_NAMES = {"+": "add", "-": "sub", "*": "mul", "/": "div"}
 
 
 def load_problems(source: str) -> list[Problem]:
-    """Reads a JSONL file or a hub data set with columns prompt, answer and optionally difficulty, metadata.operation."""
+    """A JSONL file or a hub data set with columns prompt, answer and optionally difficulty, metadata.operation."""
     problems = []
     for row in read_rows("--eval-dataset", source, ("prompt", "answer")):
         operation = str((row.get("metadata") or {}).get("operation", ""))
@@ -474,7 +474,7 @@ def completion_mask(completion_ids: torch.Tensor, eos_ids: list[int]) -> torch.T
 
 
 def tempered(logits: torch.Tensor, temperature: float, vocab_size: int | None) -> torch.Tensor:
-    """(..., V) logits of the distribution that is sampled and trained: divided by T, ids beyond the tokenizer at -inf."""
+    """(..., V) logits of the distribution that is sampled and trained: over T, ids beyond the tokenizer at -inf."""
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     if temperature > 0:
         logits = logits / temperature  # eq: pi_T(a) = softmax(logits / T)_a
@@ -731,7 +731,7 @@ def rollout(policy: Policy, problems, num_generations, temperature, key: int, sa
 
 
 def sample_answers(policy: Policy, problems, samples: int, temperature, args: Args, world: World, name="evaluation"):
-    """k completions of each problem, with one noise in all runs and steps -> correct (N, k) floats, N lists of k texts."""
+    """k completions of each problem, with one noise in all runs and steps -> correct (N, k), N lists of k texts."""
     key = stream_seed(0, name)  # of the evaluation, not of the run
     mine, size = range(world.rank, len(problems), world.size), max(args.eval_batch_size // samples, 1)
     results = []
@@ -838,7 +838,7 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
 
     run.say(
         f"{run.folder}\n{P} prompts x {G} generations = {B} completions a step on {world.size} x {world.device}; "
-        f"{args.epochs} epochs of {args.n_samples} problems / {P} = {total_steps} steps, learning rate {args.learning_rate}"
+        f"{args.epochs} epochs of {args.n_samples} problems / {P} = {total_steps} steps, rate {args.learning_rate}"
     )
     if not state["base"]:
         run.write(0, evaluation(0))

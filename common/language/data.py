@@ -7,7 +7,7 @@ from common.cli import fail
 
 
 def read_rows(flag: str, source: str, columns: tuple[str, ...], splits: tuple[str, ...] = ("test",)) -> list[dict]:
-    """Rows of a JSONL file or of a hub data set (the first of `splits` that it has, else its first) with these columns."""
+    """Rows of a JSONL file or a hub data set (the first of `splits` that it has, else its first) with these columns."""
     hint = f"; a JSONL file with the columns {' and '.join(columns)} works without a network"
     if source.endswith((".jsonl", ".json")) or Path(source).exists():
         try:

@@ -1,7 +1,7 @@
 """What feeds tokens: decode steps of a causal language model on a KV cache in which every row has its own position.
 
-How a token is drawn from logits is the caller's: `sample(logits, uniform, *settings)` gets logits (b, V) and a number in
-[0, 1) for each row, and returns tokens (b,) and their log-probs (b,). In a script
+How a token is drawn from logits is the caller's: `sample(logits, uniform, *settings)` gets logits (b, V) and numbers in
+[0, 1) (b,), and returns tokens (b,) and their log-probs (b,). In a script
 
     rows = decoder.prefill(prompts, num_generations, max_new_tokens, noise, stop_ids, pad_id, sample, *settings)
     while ...:
@@ -201,8 +201,8 @@ AttentionInterface.register("packed", packed_attention)
 
 
 def bucket(rows: int, columns: int) -> tuple[int, int]:
-    """The shape whose graph serves a batch: rows 8, 12, 16, 24, 32, 48, ..., so that at most a third is padding, columns
-    in multiples of 64.
+    """The shape whose graph serves a batch: rows 8, 12, 16, 24, 32, 48, ..., so that at most a third is padding;
+    columns in multiples of 64.
 
     >>> bucket(256, 40), bucket(130, 65), bucket(1, 64)
     ((256, 64), (192, 128), (8, 64))
@@ -214,8 +214,8 @@ def bucket(rows: int, columns: int) -> tuple[int, int]:
 class GraphDecoder(Decoder):
     """Decode steps on buffers that stay where they are, one captured CUDA graph per bucket and way of sampling.
 
-    model: its weights may change in place, never move; its attention becomes "packed". fallbacks: steps that ran without
-    graph and compilation, because the device has no graphs or a capture failed; `say` tells why.
+    model: its weights may change in place, never move; its attention becomes "packed". fallbacks: steps without graph
+    and compilation, because the device has no graphs or a capture failed; `say` tells why.
     """
 
     def __init__(self, model, compiled: bool, say=print):
@@ -273,7 +273,7 @@ class GraphDecoder(Decoder):
             self.fallbacks += is_fallback
 
     def record(self, view: Rows, sample, *settings) -> tuple:
-        """What replays a step on this view of the buffers, whether it does so without graph and compilation, the view."""
+        """What replays a step on this view of the buffers, whether without graph and compilation, and the view."""
         changed = (view.token, view.position, view.finished, view.t)
         before = [x.clone() for x in changed]
 
@@ -291,7 +291,7 @@ class GraphDecoder(Decoder):
         return fast or partial(feed, self.model, view, sample, *settings), fast is None, view  # a graph owns nothing
 
     def capture(self, step, undo):
-        """step() as a CUDA graph: returns what replays it, or None where there are no graphs. undo() takes a step back."""
+        """step() as a CUDA graph: returns what replays it, None where there are no graphs. undo() takes a step back."""
         if self.buffers.token.device.type != "cuda":
             if not self.compiled:
                 return None

@@ -39,7 +39,7 @@ class LMArgs:
     model_name: str = TINY_MODEL
     """hub id or folder of a causal language model; default: the bundled 1.6 M parameter Qwen2"""
     init_from: str | None = None
-    """run folder or checkpoint whose weights to start from (a new run: optimizer, schedule and reference start afresh)"""
+    """run folder or checkpoint whose weights to start from (a new run: optimizer and reference start afresh)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """compute precision over fp32 weights; auto: bfloat16 autocast on a GPU, float32 on a CPU"""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
@@ -143,8 +143,8 @@ def load_tokenizer(args: LMArgs):
         tokenizer = AutoTokenizer.from_pretrained(args.model_name)
     except (OSError, ValueError) as error:
         fail(
-            f"no causal language model '{args.model_name}': neither a model folder nor on the hub, or the hub cannot be "
-            f"reached ({type(error).__name__}); leave --model-name out for the bundled model, which needs no network"
+            f"no causal language model '{args.model_name}': neither a model folder nor on the hub, or the hub "
+            f"cannot be reached ({type(error).__name__}); without --model-name the bundled model needs no network"
         )
     return tokenizer, config.get_text_config()
 
@@ -266,7 +266,7 @@ def hidden_before(model, prompt_ids, prompt_lengths, completion_ids, mask, share
 def head_logprobs(model, hidden, targets, temper, chunk: int = 4096):
     """hidden (N, d), targets (N,) -> log-probs (N,) float32, entropies (N,) float32 without gradient.
 
-    temper: raw logits (n, V) -> those of the distribution in question. The head runs in chunks that are recomputed in the
+    temper: raw logits (n, V) -> those of the distribution in question. The head runs in chunks, recomputed in the
     backward pass, so that (N, V) never exists as a whole.
     """
 

@@ -9,14 +9,14 @@ from common.stats import wilson
 ALARMS = {  # metric -> what is alarming, what to say
     "frac_reward_zero_std": (
         lambda share: share == 1,
-        "all completions of every prompt earned the same reward, nothing to learn from this step: raise the temperature, "
-        "or look at completions.jsonl",
+        "all completions of every prompt earned the same reward, nothing to learn from this step: raise the "
+        "temperature, or look at completions.jsonl",
     ),
     "kl": (lambda nats: nats > 5, "the policy is leaving its language: lower --learning-rate or raise --beta"),
     "completions/clipped_ratio": (
         lambda share: share == 1,
-        "every completion was cut at --max-completion-length before it ended: allow more tokens, or check that the model's "
-        "end token is right",
+        "every completion was cut at --max-completion-length before it ended: allow more tokens, or check that the "
+        "model's end token is right",
     ),
     "skipped": (
         lambda count: count > 0,
@@ -62,7 +62,7 @@ def solved_by_task(rows: list[dict]) -> dict[str, float]:
 
 
 def task_metrics(rows: list[dict], rewards: torch.Tensor, shares: dict[str, float], num_generations: int) -> dict:
-    """reward_metrics of the groups of each task, and what share of the step it was to have and how many groups it has."""
+    """reward_metrics of the groups of each task, its share of the step, and how many groups that came to."""
     metrics, tasks = {}, [row["task"] for row in rows]  # (B,)
     for task, share in shares.items():
         own = rewards[torch.tensor([name == task for name in tasks])]
@@ -105,7 +105,8 @@ def outcome(run: Run, state: dict, steps: int) -> str:
     base, last = (with_interval(state[when], "arithmetic_eval") for when in ("base", "last"))
     train = state["last"].get("final_train_accuracy")
     return (
-        f"arithmetic_eval {base} -> {last} (held out, {run.args.eval_samples} samples at T {run.args.eval_temperature:g}), "
+        f"arithmetic_eval {base} -> {last} "
+        f"(held out, {run.args.eval_samples} samples at T {run.args.eval_temperature:g}), "
         + ("" if train is None else f"train accuracy {train:.3f}, ")
         + f"best step {run.best['step']}, {steps} steps in {run.log.elapsed:.0f} s"
     )
