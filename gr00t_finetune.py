@@ -51,10 +51,10 @@ from common.robot.lora import LoRALinear, load_adapters
 from common.robot.policy import GR00TArgs, Stored, model_tokenizer, read_stored, save_policy, trained_parts
 from common.robot.report import Tally, describe, draw_open_loop, in_words, open_loop_tables
 from common.robot.transforms import ACTION_DIM, HORIZON, pixel_values
+from common.robot.video import no_renderer
 from common.run import FREE, Run, RunArgs
 from common.stats import wilson
 from common.streams import stream, stream_seed
-from common.video import no_renderer
 
 Batch = dict[str, Tensor]
 

@@ -40,10 +40,10 @@ from common.cli import fail, flag, parse
 from common.parallel import World, sum_gradients
 from common.robot import fetch, sim
 from common.robot.sim import SimArgs
+from common.robot.video import Videos, write_mp4
 from common.run import Run
 from common.stats import explained_variance
 from common.streams import stream_seed, torch_stream
-from common.video import Videos, write_mp4
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
 

@@ -47,10 +47,10 @@ from common.robot.lora import load_adapters
 from common.robot.policy import GR00TArgs, Interface, model_tokenizer, save_policy, trained_parts
 from common.robot.sim import SimArgs
 from common.robot.transforms import pixel_values
+from common.robot.video import Videos, write_mp4
 from common.run import Run
 from common.stats import explained_variance
 from common.streams import stream_seed, torch_stream
-from common.video import Videos, write_mp4
 
 DIMS = 4  # action dims of Fetch: displacement and gripper
 EPISODE = 50  # steps; FetchVec's own time limit would reset within a chunk, so the script ends episodes

@@ -57,13 +57,13 @@ def prune(run_dir: Path, keep: int) -> None:
 # ---- state as tensors and JSON ---------------------------------------------------------------------------------------
 
 
-def save_state(folder: Path | None, optimizer: torch.optim.Optimizer, state: dict, moments: dict | None = None) -> None:
+def save_state(folder: Path | None, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Writes trainer.safetensors (optimizer moments, torch RNG) and trainer.json (`state` and the other RNGs).
 
     Moments may be spread over processes: then all of them call it, those that do not write with None for a folder.
     """
     tensors = {"rng.torch": torch.get_rng_state()}
-    for index, slots in (optimizer.state_dict()["state"] if moments is None else moments).items():
+    for index, slots in optimizer.state_dict()["state"].items():
         for name, value in gathered(slots, keep=folder is not None).items():
             tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
     if folder is not None:

@@ -36,9 +36,9 @@ import torch
 
 from common import plot
 from common.checkpoint import atomic_folder, find_checkpoint, link, load_state, prune, save_state
-from common.cli import fail, flag, parse
+from common.cli import fail, flag
 from common.log import Logger
-from common.parallel import World, join_world
+from common.parallel import join_world
 
 PACKAGES = ["torch", "transformers", "datasets", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "wandb"]
 
@@ -349,17 +349,3 @@ class StopSignal:
     @property
     def exit_code(self) -> int:
         return 128 + (self.number or 0)  # the shell's convention: 130 for Ctrl-C, 143 for SIGTERM
-
-
-# ---- until every script has moved to `Run` ----
-
-setup_world, World.all_sum = join_world, lambda self, tensors: self.total(*tensors) if tensors else None
-__all__ = ["World", "fail", "parse"]
-
-
-def close_world(world: World) -> None:
-    world.leave()
-
-
-def create_run(script: str, exp_name: str, seed: int, root: str) -> Path:
-    return create_folder(Path(script), RunArgs(exp_name=exp_name, seed=seed, output_dir=root))

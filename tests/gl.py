@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 CODE = """
-from common.video import no_renderer
+from common.robot.video import no_renderer
 why = no_renderer()
 assert not why, why
 import gymnasium as gym

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import grpo_arithmetic
 import grpo_mixed
-from common.run import parse
+from common.cli import parse
 
 spec = importlib.util.spec_from_file_location("ablate", ROOT / "benchmarks" / "ablate.py")
 ablate = importlib.util.module_from_spec(spec)

@@ -12,8 +12,9 @@ import torch
 from conftest import ROOT
 
 from benchmarks.table import tables
+from common.cli import parse
+from common.parallel import World
 from common.robot.gr00t_n15 import GR00TConfig
-from common.run import World, parse
 
 SH = (ROOT / "benchmarks/gpu.sh").read_text()
 PARTS = [shlex.split(line.split("$python ")[1]) for line in SH.splitlines() if line.startswith("  part ")]

@@ -16,11 +16,11 @@ import torch
 from conftest import ROOT
 
 import gr00t_finetune as g
+from common.parallel import World
 from common.robot import demonstrations, lerobot, transforms
 from common.robot.data_configs import DATA_CONFIGS, DataConfig, check_keys, find_data_config, modes
 from common.robot.demonstrations import Demonstrations
 from common.robot.gr00t_n15 import GR00TConfig
-from common.run import World
 from common.streams import stream
 from gr00t_finetune import Args, Order, Plan, Samples
 

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 
 import gr00t_finetune as g
 from common import plot
+from common.cli import parse
 from common.robot import lora, transforms
 from common.robot.gr00t_n15 import GR00T, GR00TConfig
 from common.robot.lora import add_lora
 from common.robot.policy import Stored
 from common.robot.report import Tally
-from common.run import parse
 from gr00t_finetune import Args, flow_matching_loss, sample_actions
 
 PARITY = ROOT.parent / "shared" / "data" / "gr00t_parity"

@@ -23,7 +23,7 @@ from common.robot import fetch
 from common.robot.fetch_robot import read_interface
 from common.robot.gr00t_n15 import GR00T, GR00TConfig
 from common.robot.policy import Stored, read_stored
-from common.video import no_renderer
+from common.robot.video import no_renderer
 from ppo_gr00t import Args
 
 SMALL = dict(dit_layers=2, dit_heads=2, dit_head_dim=8, vl_heads=2, vl_head_dim=8, hidden_size=16, num_future_tokens=2)

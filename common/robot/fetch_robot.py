@@ -18,7 +18,7 @@ from common.robot.data_configs import DataConfig, find_data_config
 from common.robot.fetch import FetchVec, import_robotics
 from common.robot.gr00t_n15 import EMBODIMENTS
 from common.robot.policy import Interface, read_stored
-from common.video import no_renderer
+from common.robot.video import no_renderer
 
 INSTRUCTIONS = {
     "FetchReach-v4": "reach the target",
