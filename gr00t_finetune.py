@@ -687,6 +687,7 @@ def evaluate(model: GR00T, samples: Samples, held: Split, args: Args, run: Run, 
 
 
 def train(model: GR00T, adapters: dict, samples: Samples, held: Split, metadata: dict, args: Args, run: Run) -> None:
+    """The loop: an optimizer step, its line of metrics, what the policy does on held-out episodes, a checkpoint."""
     data, world, device = samples.data, run.world, model.device
     takes_part = world.main or args.fsdp  # in evaluations; sharded weights compute in all processes at once
     optimizer = torch.optim.AdamW(  # fused: in place, without a second copy of the gradients

@@ -164,10 +164,15 @@ def rollout(env_id: str, seeds: list[int], noise: float, vec: FetchVec | None = 
         solved = int(missed[-1]) + 1 if len(missed) else 0
         episodes.append(
             {
-                "seed": seeds[i], "goal": goals[i], "solved": solved if solved < STEPS else None,
-                "state": state[i], "action": action[i], "distance": distance[i], "physics": physics[i],
+                "seed": seeds[i],
+                "goal": goals[i],
+                "solved": solved if solved < STEPS else None,
+                "state": state[i],
+                "action": action[i],
+                "distance": distance[i],
+                "physics": physics[i],
             }
-        )  # fmt: skip
+        )
     return episodes
 
 
@@ -264,15 +269,27 @@ def features(args: Args) -> dict[str, dict]:
         for name, parts in vector.items()
     }
     scalars = {
-        "timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64",
-        "task_index": "int64", "next.reward": "float32", "next.success": "bool", "next.done": "bool",
-    }  # fmt: skip
+        "timestamp": "float32",
+        "frame_index": "int64",
+        "episode_index": "int64",
+        "index": "int64",
+        "task_index": "int64",
+        "next.reward": "float32",
+        "next.success": "bool",
+        "next.done": "bool",
+    }
     out |= {name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in scalars.items()}
     if args.video:
         info = {
-            "video.fps": FPS, "video.height": args.size, "video.width": args.size, "video.channels": 3,
-            "video.codec": "h264", "video.pix_fmt": "yuv420p", "video.is_depth_map": False, "has_audio": False,
-        }  # fmt: skip
+            "video.fps": FPS,
+            "video.height": args.size,
+            "video.width": args.size,
+            "video.channels": 3,
+            "video.codec": "h264",
+            "video.pix_fmt": "yuv420p",
+            "video.is_depth_map": False,
+            "has_audio": False,
+        }
         shape = {"shape": [args.size, args.size, 3], "names": ["height", "width", "channels"]}
         out[CAMERA] = {"dtype": "video", **shape, "info": info}
     return out

@@ -190,8 +190,14 @@ def main(flags: Args) -> None:
         flags = replace(flags, batch_sizes=(1, 2), compiled_batch_sizes=(2,), steps=2)
     model = make_model(config, device, args)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    row("model", parameters=sum(p.numel() for p in model.parameters()), trained=trained, amp=args.amp,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", torch=torch.__version__)  # fmt: skip
+    row(
+        "model",
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained=trained,
+        amp=args.amp,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        torch=torch.__version__,
+    )
     attention_kernels(config, max(flags.batch_sizes), flags, device)
     sampling(model, "eager", flags, args, device)
     training(model, flags.batch_sizes, False, flags, args, device)

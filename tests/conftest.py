@@ -77,6 +77,17 @@ def micro_model_folder(tmp_path_factory, tokenizer):
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def fetch_metadata() -> dict:
+    """What metadata.json says of a policy for Fetch: the bundled demonstrations' statistics, and their camera."""
+    from common.robot.data_configs import DATA_CONFIGS
+    from common.robot.demonstrations import make_metadata, read_mixture
+
+    config = DATA_CONFIGS["fetch"]
+    sets = read_mixture([ROOT / "assets" / "fetch_demos"], config, "fetch")
+    return make_metadata(sets, config, [1.0], "new_embodiment")
+
+
 def free_port() -> str:
     with socket.socket() as free:
         free.bind(("localhost", 0))

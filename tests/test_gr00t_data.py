@@ -42,8 +42,11 @@ def write_set(root: Path, lengths=(20, 12, 30, 16), seed=0, video=True, modality
     features = {"observation.state": vector, "action": vector, "task_index": {"dtype": "int64", "shape": [1]}}
     if video:
         features["observation.images.top"] = {
-            "dtype": "video", "shape": [*size, 3], "names": ["height", "width", "channels"], "info": {"video.fps": 10},
-        }  # fmt: skip
+            "dtype": "video",
+            "shape": [*size, 3],
+            "names": ["height", "width", "channels"],
+            "info": {"video.fps": 10},
+        }
     for i, n in enumerate(lengths):
         state = rng.normal(size=(n, 8)).astype(np.float32)
         action = np.concatenate([state[:, :7] * 2 + 1, np.full((n, 1), 0.5)], axis=1).astype(np.float32)
@@ -62,16 +65,21 @@ def write_set(root: Path, lengths=(20, 12, 30, 16), seed=0, video=True, modality
                     out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
                 out.mux(stream.encode())
     info = {
-        "codebase_version": "v2.1", "robot_type": "test", "fps": 10, "chunks_size": 1000, "features": features,
+        "codebase_version": "v2.1",
+        "robot_type": "test",
+        "fps": 10,
+        "chunks_size": 1000,
+        "features": features,
         "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
         "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
-    }  # fmt: skip
+    }
     parts = {"arm": {"start": 0, "end": 7}, "gripper": {"start": 7, "end": 8}}
     mapping = {
-        "state": parts, "action": parts | {"speed": {"start": 0, "end": 2, "absolute": False}},
+        "state": parts,
+        "action": parts | {"speed": {"start": 0, "end": 2, "absolute": False}},
         "video": {"top": {"original_key": "observation.images.top"}} if video else {},
         "annotation": {"task": {"original_key": "task_index"}},
-    }  # fmt: skip
+    }
     (root / "meta/info.json").write_text(json.dumps(info))
     if modality:
         (root / "meta/modality.json").write_text(json.dumps(mapping))
@@ -199,8 +207,14 @@ def test_parity_of_statistics_and_metadata_with_the_reference(demo):
 
 # ---- units -----------------------------------------------------------------------------------------------------------
 
-STATS = {"min": [0.0, -2.0, 5.0], "max": [4.0, 2.0, 5.0], "mean": [1.0, 0.0, 5.0], "std": [2.0, 1.0, 0.0],
-         "q01": [0.0, -1.0, 5.0], "q99": [2.0, 1.0, 5.0]}  # fmt: skip
+STATS = {
+    "min": [0.0, -2.0, 5.0],
+    "max": [4.0, 2.0, 5.0],
+    "mean": [1.0, 0.0, 5.0],
+    "std": [2.0, 1.0, 0.0],
+    "q01": [0.0, -1.0, 5.0],
+    "q99": [2.0, 1.0, 5.0],
+}
 
 
 @pytest.mark.parametrize(
@@ -231,8 +245,11 @@ def test_min_max_actions_come_back_and_constant_joints_stay_at_their_value(data)
     assert (codes[..., 7] == 0).all() and np.allclose(raw[..., 7], 0.5)  # the gripper never moves
 
 
-@pytest.mark.parametrize("kind", ["quaternion", "axis_angle", "rotation_6d", "matrix"] + [
-    f"euler_angles_{order}" for order in ("rpy", "ryp", "pry", "pyr", "yrp", "ypr")])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    ["quaternion", "axis_angle", "rotation_6d", "matrix"]
+    + [f"euler_angles_{order}" for order in ("rpy", "ryp", "pry", "pyr", "yrp", "ypr")],
+)
 def test_rotations_come_back_from_every_form(kind):
     x = np.random.default_rng(0).normal(size=(50, 4))
     m = transforms.to_matrix(x, "quaternion")
@@ -524,7 +541,11 @@ def edit(folder: Path, tmp_path: Path, file: str, change) -> Path:
         ("meta/modality.json", lambda c: c["video"].update(top={"original_key": "observation.images.no"}), "missing"),
         ("meta/modality.json", lambda c: c["state"]["arm"].update(end=9), "8 wide"),
         ("meta/modality.json", lambda c: c["state"]["arm"].update(start=7), "start < end"),
-        ("meta/modality.json", lambda c: c["state"]["arm"].update(original_key="observation.other"), "observation.other"),
+        (
+            "meta/modality.json",
+            lambda c: c["state"]["arm"].update(original_key="observation.other"),
+            "observation.other",
+        ),
         ("meta/modality.json", lambda c: c.update(annotation={"other": {"original_key": "task_index"}}), "'task'"),
         ("meta/modality.json", lambda c: c["action"]["gripper"].update(dtype="int64"), "binary only"),
         ("meta/modality.json", b"{", "not JSON"),
@@ -536,7 +557,7 @@ def edit(folder: Path, tmp_path: Path, file: str, change) -> Path:
         ("videos/chunk-000/observation.images.top/episode_000001.mp4", None, "is missing"),
         ("videos/chunk-000/observation.images.top/episode_000001.mp4", b"nothing", "cannot be decoded"),
     ],
-)  # fmt: skip
+)
 def test_bad_folders_end_in_one_line(folder, tmp_path, capsys, file, change, message):
     copy = edit(folder, tmp_path, file, change)
     with pytest.raises(SystemExit) as stop:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_ppo_gr00t_run import metadata
 
 from common.robot import fetch, fetch_robot
 from common.robot.data_configs import DATA_CONFIGS
@@ -21,32 +20,24 @@ from common.robot.transforms import decode_actions, encode, pad, prompt, transfo
 FETCH = DATA_CONFIGS["fetch"]
 
 
-@pytest.fixture(scope="module")
-def stored() -> dict:
-    """Statistics of the bundled demonstrations."""
-    entry = metadata()["new_embodiment"]
-    entry["modalities"]["video"] = {"front": {"resolution": [96, 96], "channels": 3, "fps": 25.0}}
-    return entry
-
-
 @pytest.mark.parametrize("env_id", ["FetchReach-v4", "FetchPush-v4"])
-def test_fetch_is_seen_and_moved_in_the_units_of_the_checkpoint(stored, env_id):
-    robot = FetchRobot(Interface(replace(FETCH, video=()), stored, 31), env_id)
+def test_fetch_is_seen_and_moved_in_the_units_of_the_checkpoint(fetch_metadata, env_id):
+    robot = FetchRobot(Interface(replace(FETCH, video=()), fetch_metadata, 31), env_id)
     envs = fetch.FetchVec(env_id, 3, 1)
     obs = envs.reset(seed=0)[0]
     vector = state_vector(obs).astype(np.float64)
     raw = {key: vector[:, at["start"] : at["end"]] for key, at in slices(STATE).items()}
-    expected = pad(encode("state", raw, FETCH, stored), 64).astype(np.float32)
+    expected = pad(encode("state", raw, FETCH, fetch_metadata), 64).astype(np.float32)
     state = robot.state(obs)
     assert np.array_equal(state, expected) and state.dtype == np.float32 and robot.images(None, None) is None
     chunk = torch.randn(3, 16, 32)
-    decoded = decode_actions(chunk[..., :4].numpy().astype(np.float64), FETCH, stored)
+    decoded = decode_actions(chunk[..., :4].numpy().astype(np.float64), FETCH, fetch_metadata)
     expected = np.concatenate(list(decoded.values()), -1)[:, :5].astype(np.float32)
     assert np.array_equal(robot.actions(chunk, 5), expected) and robot.actions(chunk, 5).dtype == np.float32
     envs.close()
 
 
-def test_fetch_is_drawn_as_the_demonstrations_were(stored, monkeypatch):
+def test_fetch_is_drawn_as_the_demonstrations_were(fetch_metadata, monkeypatch):
     """The camera is stubbed: crop, resize and rounding are compared, on any machine."""
     frames = np.random.default_rng(0).integers(0, 256, (5, 96, 96, 3), dtype=np.uint8)
 
@@ -61,15 +52,15 @@ def test_fetch_is_drawn_as_the_demonstrations_were(stored, monkeypatch):
             pass
 
     monkeypatch.setattr(fetch_robot, "Camera", Camera)
-    interface = Interface(FETCH, stored, 31)
+    interface = Interface(FETCH, fetch_metadata, 31)
     interface.image_size = 32
     images = FetchRobot(interface, "FetchReach-v4").images(np.arange(5), np.zeros((5, 3)))
     assert torch.equal(images, torch.cat([transform_images(frame[None], 32) for frame in frames]))
 
 
-def test_a_batch_holds_what_the_model_reads(stored):
+def test_a_batch_holds_what_the_model_reads(fetch_metadata):
     c = GR00TConfig.tiny(image_size=32, patch_size=16)
-    interface, texts = Interface(FETCH, stored, 31), ["lift it", "put it down again"]
+    interface, texts = Interface(FETCH, fetch_metadata, 31), ["lift it", "put it down again"]
     tokenizer = model_tokenizer(c)
     interface.prepare(c, tokenizer, texts)
     images = interface.images(np.zeros((2, 1, 96, 96, 3), np.uint8))
@@ -100,19 +91,19 @@ def test_what_does_not_fit_fetch_is_told(change, why):
     assert why in reason and bool(reason) == bool(why)
 
 
-def test_a_run_folder_means_its_best_checkpoint_and_carries_settings_and_statistics(stored, tmp_path, capsys):
+def test_a_run_folder_means_its_best_checkpoint_and_carries_settings_and_statistics(fetch_metadata, tmp_path, capsys):
     for step in (1, 2, 3):
         folder = tmp_path / "run" / "checkpoints" / f"step-{step}"
         GR00T(GR00TConfig.lite()).save_pretrained(folder)
         (folder / "trainer.json").write_text(json.dumps({"args": {"data_config": f"of {step}"}}))
         (folder / "experiment_cfg").mkdir()
-        (folder / "experiment_cfg" / "metadata.json").write_text(json.dumps({"gr1": stored}))
+        (folder / "experiment_cfg" / "metadata.json").write_text(json.dumps({"gr1": fetch_metadata}))
     run = tmp_path / "run"
     assert model_folder(str(run)) == folder and model_folder(str(folder)) == folder
     (run / "best").symlink_to("checkpoints/step-2")
     found = read_stored(str(run))
     assert found.folder.name == "step-2" and found.args == {"data_config": "of 2"} and not found.sees
-    assert found.embodiment("gr1", FETCH) == stored
+    assert found.embodiment("gr1", FETCH) == fetch_metadata
     with pytest.raises(SystemExit):
         found.embodiment("oxe_droid", FETCH)
     assert "no statistics for --embodiment-tag oxe_droid (it has: gr1)" in capsys.readouterr().err
@@ -125,3 +116,9 @@ def test_the_policys_code_loads_no_simulator():
     code = "import sys, common.robot.policy; print({'mujoco', 'gymnasium'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_nothing_that_runs_comes_from_a_builder_of_assets():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("common/**/*.py")]:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+        assert not [line for line in lines if line.startswith(("from assets", "import assets"))], path

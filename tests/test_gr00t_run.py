@@ -330,9 +330,20 @@ def test_masked_padding_makes_a_sample_independent_of_its_batch():
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
 QUICK = dict(
-    model_path="lite", max_steps=6, batch_size=8, log_every=2, eval_every=3, eval_batches=1, eval_steps=20, eval_trajs=2,
-    closed_loop=False, denoising_sweep=4, save_every=3, device="cpu", torch_threads=1,
-)  # fmt: skip
+    model_path="lite",
+    max_steps=6,
+    batch_size=8,
+    log_every=2,
+    eval_every=3,
+    eval_batches=1,
+    eval_steps=20,
+    eval_trajs=2,
+    closed_loop=False,
+    denoising_sweep=4,
+    save_every=3,
+    device="cpu",
+    torch_threads=1,
+)
 
 
 @contextmanager
@@ -398,12 +409,24 @@ def test_a_run_explains_itself_and_its_checkpoint_has_the_published_layout(run, 
     rows = metrics_of(folder)
     assert [row["step"] for row in rows] == [0, 2, 3, 4, 6]
     last = rows[-1]
-    for name in ("train/loss", "train/grad_norm", "train/loss_t/0.00-0.25", "train/loss_dim/displacement.0", "val/loss",
-                 "eval/mse", "eval/mse_hold_last", "eval/mse_mean_action", "eval/smoothness", "eval/mse_k4"):  # fmt: skip
+    for name in (
+        "train/loss",
+        "train/grad_norm",
+        "train/loss_t/0.00-0.25",
+        "train/loss_dim/displacement.0",
+        "val/loss",
+        "eval/mse",
+        "eval/mse_hold_last",
+        "eval/mse_mean_action",
+        "eval/smoothness",
+        "eval/mse_k4",
+    ):
         assert np.isfinite(last[name]), name
     assert "base/mse" in rows[0] and "val/loss" in rows[0]
-    tables = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-              for name in ("trajectory_results", "per_joint_mse", "evaluation_summary")}  # fmt: skip
+    tables = {
+        name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("trajectory_results", "per_joint_mse", "evaluation_summary")
+    }
     assert [row["joint"] for row in tables["per_joint_mse"]] == [*(f"displacement.{i}" for i in range(3)), "gripper"]
     assert len(tables["trajectory_results"]) == 2 and tables["evaluation_summary"][0]["eval/mse"] == last["eval/mse"]
     checkpoint = folder / "last"
@@ -465,8 +488,10 @@ def test_adapters_train_resume_and_leave_a_whole_model(run, tmp_path):
     trained = GR00T.from_pretrained(whole / "last")  # merged: nothing but the published layout
     old = load_file(base / "model.safetensors")
     changed = {name for name, p in trained.state_dict().items() if not torch.equal(p, old[name])}
-    assert changed and all(name.endswith((".W", ".b", "to_q.weight", "to_k.weight", "to_v.weight")) or "position" in name
-                           for name in changed)  # fmt: skip
+    assert changed and all(
+        name.endswith((".W", ".b", "to_q.weight", "to_k.weight", "to_v.weight")) or "position" in name
+        for name in changed
+    )
 
 
 def test_the_tiny_model_trains_on_pictures(run):
@@ -490,8 +515,10 @@ def test_a_policy_closes_the_loop(run, config):
     last = metrics_of(folder)[-1]
     assert code == 0 and 0 <= last["closed_loop/FetchReach/success_rate"] <= 1
     assert {name.split("/")[1] for name in last if name.startswith("closed_loop/")} == {
-        "FetchReach", "FetchPush", "FetchPickAndPlace",
-    }  # fmt: skip
+        "FetchReach",
+        "FetchPush",
+        "FetchPickAndPlace",
+    }
 
 
 def test_the_expert_seen_through_the_policy_interface_succeeds(monkeypatch):
@@ -545,7 +572,7 @@ def test_the_expert_seen_through_the_policy_interface_succeeds(monkeypatch):
         (dict(fsdp=True, lora_rank=4, model_path="someone/model"), "--fsdp goes with neither"),
         (dict(learning_rate="fast"), "learning-rate"),
     ],
-)  # fmt: skip
+)
 def test_bad_flags_end_in_one_line(run, capsys, flags, message):
     code, folder = run(**(QUICK | flags))
     error = capsys.readouterr().err
@@ -639,5 +666,8 @@ def test_sharded_weights_train_as_whole_ones_and_go_on_from_their_checkpoint(run
         a, b = (metrics_of(folder)[-1][name] for folder in (one, two))
         assert abs(a - b) < 1e-5 * abs(a), name
     parts = weights_of(two / "last")
-    assert all(torch.equal(tensor, whole[n]) == n.startswith("backbone.") for n, tensor in parts.items() if n in whole
-               and n.startswith(("backbone.", "action_head.model.proj_out")))  # fmt: skip
+    assert all(
+        torch.equal(tensor, whole[n]) == n.startswith("backbone.")
+        for n, tensor in parts.items()
+        if n in whole and n.startswith(("backbone.", "action_head.model.proj_out"))
+    )

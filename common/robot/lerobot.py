@@ -162,9 +162,7 @@ def column_statistics(rows: np.ndarray) -> dict[str, np.ndarray]:
     """Per dim of (N, width): float32 rows, quantiles in float64, which is what GR00T's stats.json files hold."""
     rows = rows.astype(np.float32)
     q01, q99 = np.quantile(rows.astype(np.float64), [0.01, 0.99], axis=0)
-    return {
-        "max": rows.max(0), "min": rows.min(0), "mean": rows.mean(0), "std": rows.std(0), "q01": q01, "q99": q99,
-    }  # fmt: skip
+    return {"max": rows.max(0), "min": rows.min(0), "mean": rows.mean(0), "std": rows.std(0), "q01": q01, "q99": q99}
 
 
 def read_statistics(path: Path, columns: dict[str, np.ndarray], compute: bool = False) -> dict:
