@@ -66,8 +66,7 @@ class Args(GR00TArgs, RunArgs):
     # run
     exp_name: str = "gr00t_finetune"
     tags: tuple[str, ...] = ("gr00t", "flow-matching")
-    torch_threads: int | None = None
-    """CPU threads of torch; default: torch's own choice"""
+    torch_threads: int | None = None  # CPU threads of torch; default: torch's own choice
     save_every: Annotated[int, tyro.conf.arg(aliases=["--save-steps"])] = 1000
     """optimizer steps between checkpoints, 0: only at the end"""
 
@@ -75,20 +74,16 @@ class Args(GR00TArgs, RunArgs):
     dataset_path: tuple[str, ...] | None = None
     """LeRobot v2.0 / v2.1 folders or hub ids (user/name or user/name@revision); several make a mixture;
     default: the checkpoint's with --eval-only, assets/fetch_demos otherwise"""
-    val_episodes: int | None = None
-    """episodes held out of each data set, evenly spaced; default: a tenth, at least 1"""
-    max_samples: int | None = None
-    """train on this many frames, drawn at random from all data sets; default: all"""
+    val_episodes: int | None = None  # episodes held out of each data set, evenly spaced; default: a tenth, at least 1
+    max_samples: int | None = None  # train on this many frames, drawn at random from all data sets; default: all
     balance_dataset_weights: bool = True
     """several data sets: draw them in proportion to their frames; off: equally often"""
     balance_trajectory_weights: bool = True
     """several data sets: draw episodes in proportion to their frames; off: equally often"""
-    num_workers: int = 0
-    """processes that prepare batches; 0: in the training process"""
+    num_workers: int = 0  # processes that prepare batches; 0: in the training process
     cache_side: int = 256
     """frames larger than this are cached at SIDE x SIDE (30 times less disk for 1080p); 0: always cache as recorded"""
-    cache_dir: str | None = None
-    """folder of the memory-mapped frame cache; default: <output-dir>/frame_cache"""
+    cache_dir: str | None = None  # folder of the memory-mapped frame cache; default: <output-dir>/frame_cache
     prompt_form: Literal["plain", "bracketed"] = "plain"
     """bracketed: the instruction as ['…'], which the reference's inference writes by accident"""
 
@@ -98,14 +93,11 @@ class Args(GR00TArgs, RunArgs):
     data_config: str | None = None
     """cameras, joints, normalisation: one of common/robot/data_configs.py, auto (all of modality.json), or module:NAME;
     default: the checkpoint's with --eval-only, fetch for a Fetch robot, fourier_gr1_arms_only otherwise"""
-    lora_dropout: float = 0.1
-    """dropout before the adapters"""
-    mask_padding: bool = False
-    """keep pad tokens out of the action head's attention (the reference lets them in)"""
+    lora_dropout: float = 0.1  # dropout before the adapters
+    mask_padding: bool = False  # keep pad tokens out of the action head's attention (the reference lets them in)
 
     # update
-    max_steps: int | None = None
-    """optimizer steps; default: by model size, 10,000 for the full one"""
+    max_steps: int | None = None  # optimizer steps; default: by model size, 10,000 for the full one
     batch_size: int | None = None
     """samples of an optimizer step, over all processes; default: by model size, 32 for the full one"""
     noises_per_sample: int | None = None
@@ -113,20 +105,15 @@ class Args(GR00TArgs, RunArgs):
     size, 1 for the full one as in the reference"""
     gradient_accumulation_steps: int = 1
     """micro-batches that a batch is cut into; the result is that of the whole batch"""
-    learning_rate: float | None = None
-    """AdamW step size at its peak; default: by model size, 1e-4 for the full one"""
+    learning_rate: float | None = None  # AdamW step size at its peak; default: by model size, 1e-4 for the full one
     adam_betas: tuple[float, float] | None = None
     """AdamW's memory of gradients and of their squares; default: by model size, 0.95 0.999 for the full one"""
-    weight_decay: float = 1e-5
-    """AdamW decay of matrices; biases and LayerNorms have none"""
+    weight_decay: float = 1e-5  # AdamW decay of matrices; biases and LayerNorms have none
     warmup_ratio: float = 0.05
     """share of the steps that raise the step size from 0; a half cosine lowers it to 0 afterwards"""
-    max_grad_norm: float | None = None
-    """gradient clipping; default: by model size, 1 for the full one"""
-    amp: Literal["auto", "off", "bf16"] = "auto"
-    """mixed precision; auto: bf16 on a GPU, off on a CPU"""
-    augment: bool = True
-    """random crop and colour jitter"""
+    max_grad_norm: float | None = None  # gradient clipping; default: by model size, 1 for the full one
+    amp: Literal["auto", "off", "bf16"] = "auto"  # mixed precision; auto: bf16 on a GPU, off on a CPU
+    augment: bool = True  # random crop and colour jitter
 
     # speed: neither changes what is computed, but for rounding and dropout's random stream
     compile: bool = False
@@ -135,26 +122,17 @@ class Args(GR00TArgs, RunArgs):
     """several processes share one copy of weights, gradients and AdamW moments (FSDP) instead of a copy each"""
 
     # evaluation
-    log_every: int = 10
-    """steps between lines of metrics"""
+    log_every: int = 10  # steps between lines of metrics
     eval_every: int | None = None
     """steps between measurements of the validation loss, 0: only at the end; default: a fifth of the run"""
-    eval_batches: int = 8
-    """validation batches, always the same frames and noise"""
-    eval_trajs: int | None = None
-    """held-out episodes of the open-loop evaluation; default: all"""
-    eval_steps: int = 150
-    """steps of each, at most"""
-    denoising_steps: int = 4
-    """Euler steps K of the policy"""
-    denoising_sweep: tuple[int, ...] = (1, 2, 4, 8)
-    """other numbers of Euler steps to measure at the end"""
-    closed_loop: bool = True
-    """let the policy act in the Fetch simulator, where the data is of it"""
-    closed_loop_episodes: int = 100
-    """episodes of each task, always the same ones"""
-    execute_steps: int = 8
-    """actions taken of each predicted chunk of 16 before the next look"""
+    eval_batches: int = 8  # validation batches, always the same frames and noise
+    eval_trajs: int | None = None  # held-out episodes of the open-loop evaluation; default: all
+    eval_steps: int = 150  # steps of each, at most
+    denoising_steps: int = 4  # Euler steps K of the policy
+    denoising_sweep: tuple[int, ...] = (1, 2, 4, 8)  # other numbers of Euler steps to measure at the end
+    closed_loop: bool = True  # let the policy act in the Fetch simulator, where the data is of it
+    closed_loop_episodes: int = 100  # episodes of each task, always the same ones
+    execute_steps: int = 8  # actions taken of each predicted chunk of 16 before the next look
 
 
 # What differs by model size where a flag is not given.

@@ -50,52 +50,35 @@ class Args(LMArgs, RunArgs):
     """arithmetic: operands 0-20; small_numbers: 0-10"""
     n_samples: int | None = None
     """number of different training problems; default: 100, below 50 M parameters 1000, or all there are"""
-    exclude_eval: bool = True
-    """keep the problems of the evaluation set out of the training problems"""
-    min_num: int | None = None
-    """smallest operand; default: that of the data set type"""
-    max_num: int | None = None
-    """largest operand; default: that of the data set type"""
-    operations: str = "+-*"
-    """operations to draw from, any of + - * /"""
-    fresh: bool = False
-    """draw new problems at every step instead of n_samples fixed ones"""
+    exclude_eval: bool = True  # keep the problems of the evaluation set out of the training problems
+    min_num: int | None = None  # smallest operand; default: that of the data set type
+    max_num: int | None = None  # largest operand; default: that of the data set type
+    operations: str = "+-*"  # operations to draw from, any of + - * /
+    fresh: bool = False  # draw new problems at every step instead of n_samples fixed ones
     rewards: tuple[str, ...] = ("binary",)
     """reward functions to add up: binary, partial_credit, rich, rich_exponential, length"""
-    reward_weights: tuple[float, ...] | None = None
-    """weight of each reward, in their order; default: 1 each"""
+    reward_weights: tuple[float, ...] | None = None  # weight of each reward, in their order; default: 1 each
 
     # rollout
-    batch_size: int = 256
-    """completions per step B, over all processes"""
-    num_generations: int = 16
-    """completions per prompt G, 2 to 64"""
-    temperature: float = 0.7
-    """sampling temperature in (0, 2]; every log-prob is that of the tempered distribution"""
-    max_completion_length: int = 16
-    """new tokens at most"""
+    batch_size: int = 256  # completions per step B, over all processes
+    num_generations: int = 16  # completions per prompt G, 2 to 64
+    temperature: float = 0.7  # sampling temperature in (0, 2]; every log-prob is that of the tempered distribution
+    max_completion_length: int = 16  # new tokens at most
 
     # update
     epochs: int | None = None
     """passes over the training problems; steps = epochs * (n_samples // prompts per step); default: 50, if small 12"""
-    learning_rate: float | None = None
-    """peak AdamW learning rate; default: 5e-6, below 50 M parameters 3e-4"""
+    learning_rate: float | None = None  # peak AdamW learning rate; default: 5e-6, below 50 M parameters 3e-4
     warmup_ratio: float = 0.1
     """share of the steps in which the learning rate rises, 0 to 1; then it falls to zero in a line"""
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
-    """how token losses are averaged, see grpo_loss"""
-    beta: float = 0.1
-    """weight of the KL penalty, 0 (no reference model) to 0.2"""
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"  # how token losses are averaged, see grpo_loss
+    beta: float = 0.1  # weight of the KL penalty, 0 (no reference model) to 0.2
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """what advantages are divided by: std of the group, of the batch, or nothing"""
-    epsilon: float = 0.2
-    """lower clip range of the ratio, and the upper one unless epsilon_high is given"""
-    epsilon_high: float | None = None
-    """upper clip range of the ratio; 0.28 is DAPO's clip-higher"""
-    num_iterations: int = 1
-    """optimizer steps on each batch of completions, 1 to 4"""
-    mask_truncated_completions: bool = False
-    """leave completions without an end token out of the loss"""
+    epsilon: float = 0.2  # lower clip range of the ratio, and the upper one unless epsilon_high is given
+    epsilon_high: float | None = None  # upper clip range of the ratio; 0.28 is DAPO's clip-higher
+    num_iterations: int = 1  # optimizer steps on each batch of completions, 1 to 4
+    mask_truncated_completions: bool = False  # leave completions without an end token out of the loss
 
     # evaluation
     eval_dataset: str = str(lm.ASSETS / "arithmetic_eval.jsonl")

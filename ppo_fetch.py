@@ -53,8 +53,7 @@ class Args(SimArgs):
     exp_name: str = "ppo_fetch"
     seed: int = 1
     tags: tuple[str, ...] = ("ppo", "fetch")
-    init_from: str | None = None
-    """run folder or checkpoint whose policy and statistics to start from (a new run)"""
+    init_from: str | None = None  # run folder or checkpoint whose policy and statistics to start from (a new run)
 
     # task
     env_id: str = "FetchReach-v4"
@@ -67,48 +66,30 @@ class Args(SimArgs):
     """-1/0 | -distance | the same, +10 at the goal | potential-based shaping | the environment's own; default: by task"""
 
     # rollout
-    total_timesteps: int | None = None
-    """environment steps of the run, over all processes; default: by task"""
-    num_envs: int | None = None
-    """environments N, over all processes; default: by task"""
-    num_steps: int = 25
-    """steps T that each environment takes in an iteration, 20 to 50 for Fetch"""
+    total_timesteps: int | None = None  # environment steps of the run, over all processes; default: by task
+    num_envs: int | None = None  # environments N, over all processes; default: by task
+    num_steps: int = 25  # steps T that each environment takes in an iteration, 20 to 50 for Fetch
     stagger: bool = True
     """start the environments at different ages, so that no batch is all starts or all ends (native backend)"""
 
     # update
-    learning_rate: float | None = None
-    """Adam step size at the start; default: by task"""
-    anneal_lr: bool = True
-    """lower the step size linearly to 0 over the iterations"""
-    gamma: float | None = None
-    """discount, 0.9 to 0.99; default: by task"""
-    gae_lambda: float = 0.95
-    """GAE's lambda"""
-    num_minibatches: int | None = None
-    """minibatches in an epoch; must divide N * T; default: by task"""
-    update_epochs: int = 10
-    """passes over the batch at most, 3 to 10"""
+    learning_rate: float | None = None  # Adam step size at the start; default: by task
+    anneal_lr: bool = True  # lower the step size linearly to 0 over the iterations
+    gamma: float | None = None  # discount, 0.9 to 0.99; default: by task
+    gae_lambda: float = 0.95  # GAE's lambda
+    num_minibatches: int | None = None  # minibatches in an epoch; must divide N * T; default: by task
+    update_epochs: int = 10  # passes over the batch at most, 3 to 10
     target_kl: float | None = None
     """stop an iteration's update before the minibatch whose KL exceeds this, 0.01 to 0.05; 0: never; default: by task"""
-    norm_adv: bool = True
-    """normalise advantages in each minibatch"""
-    clip_coef: float = 0.2
-    """PPO's epsilon"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus; actions that do nothing (the gripper of Reach) drift under it"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """gradient clipping"""
-    hidden: int | None = None
-    """width of the two hidden layers; default: by task"""
-    log_std_init: float = -0.5
-    """initial log standard deviation of the actions, whose box is [-1, 1]"""
-    normalize_obs: bool = True
-    """standardise observations by running statistics"""
-    scale_rewards: bool = True
-    """divide rewards by the running standard deviation of the discounted return"""
+    norm_adv: bool = True  # normalise advantages in each minibatch
+    clip_coef: float = 0.2  # PPO's epsilon
+    ent_coef: float = 0.0  # weight of the entropy bonus; actions that do nothing (the gripper of Reach) drift under it
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # gradient clipping
+    hidden: int | None = None  # width of the two hidden layers; default: by task
+    log_std_init: float = -0.5  # initial log standard deviation of the actions, whose box is [-1, 1]
+    normalize_obs: bool = True  # standardise observations by running statistics
+    scale_rewards: bool = True  # divide rewards by the running standard deviation of the discounted return
     amp: Literal["off", "bf16", "fp16"] = "off"
     """mixed precision of the hidden layers; everything after them stays in fp32"""
     compile: bool = False

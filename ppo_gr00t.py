@@ -77,8 +77,7 @@ class Args(GR00TArgs, SimArgs):
     # flow
     sampler: Literal["flow-sde", "flow-sde-chain", "flow-noise"] = "flow-sde"
     """where exploration comes from: one noisy step of the flow | noise at all of them | learned noise at all of them"""
-    denoising_steps: int = 4
-    """steps K of the flow, in training and evaluation"""
+    denoising_steps: int = 4  # steps K of the flow, in training and evaluation
     noise_level: float | None = None
     """Flow-SDE: a in sigma(t) = a sqrt((1 - t) / t) at the start, 0.2 to 1; default: by task"""
     final_noise_level: float | None = None
@@ -91,52 +90,31 @@ class Args(GR00TArgs, SimArgs):
     """Flow-Noise: bounds of the learned standard deviations, in units of normalised actions"""
 
     # rollout
-    total_timesteps: int | None = None
-    """environment steps of the run, over all processes; default: by task"""
-    num_envs: int = 64
-    """environments N, over all processes"""
-    num_steps: int | None = None
-    """chunks T that each environment executes in an iteration; default: by task"""
-    execute_steps: int = 5
-    """actions C executed of each predicted chunk of 16 before the next look"""
-    stagger: bool = True
-    """start the environments at different ages, so that no batch is all starts or all ends"""
+    total_timesteps: int | None = None  # environment steps of the run, over all processes; default: by task
+    num_envs: int = 64  # environments N, over all processes
+    num_steps: int | None = None  # chunks T that each environment executes in an iteration; default: by task
+    execute_steps: int = 5  # actions C executed of each predicted chunk of 16 before the next look
+    stagger: bool = True  # start the environments at different ages, so that no batch is all starts or all ends
 
     # update
-    learning_rate: float = 1e-4
-    """Adam step size of the policy at the start; 5e-6 to 2e-5 for the full model"""
-    critic_learning_rate: float = 1e-3
-    """Adam step size of the critic at the start"""
-    critic_warmup: int = 1
-    """iterations at the start that train the critic alone"""
+    learning_rate: float = 1e-4  # Adam step size of the policy at the start; 5e-6 to 2e-5 for the full model
+    critic_learning_rate: float = 1e-3  # Adam step size of the critic at the start
+    critic_warmup: int = 1  # iterations at the start that train the critic alone
     critic_epochs: int = 10
     """passes of the critic alone after those of both; its features are stored, so they cost next to nothing"""
-    anneal_lr: bool = True
-    """lower the step sizes linearly to 0 over the iterations"""
-    gamma: float | None = None
-    """discount of an environment step, 0.9 to 0.99; default: by task"""
-    gae_lambda: float = 0.95
-    """GAE's lambda, of a chunk"""
-    num_minibatches: int | None = None
-    """minibatches in an epoch; must divide N * T; default: by task"""
-    update_epochs: int = 5
-    """passes over the batch at most"""
-    target_kl: float = 0.1
-    """stop an iteration's update before the minibatch whose KL exceeds this, 0: never"""
-    norm_adv: bool = True
-    """normalise advantages in each minibatch"""
-    clip_coef: float = 0.2
-    """PPO's epsilon, for the ratio of a whole chunk"""
-    ent_coef: float = 0.0
-    """Flow-Noise: weight of the entropy bonus (Flow-SDE's entropy is a constant)"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 1.0
-    """gradient clipping, of policy and critic apart"""
-    hidden: int = 128
-    """width of the critic's two hidden layers"""
-    scale_rewards: bool = True
-    """divide rewards by the running standard deviation of the discounted return"""
+    anneal_lr: bool = True  # lower the step sizes linearly to 0 over the iterations
+    gamma: float | None = None  # discount of an environment step, 0.9 to 0.99; default: by task
+    gae_lambda: float = 0.95  # GAE's lambda, of a chunk
+    num_minibatches: int | None = None  # minibatches in an epoch; must divide N * T; default: by task
+    update_epochs: int = 5  # passes over the batch at most
+    target_kl: float = 0.1  # stop an iteration's update before the minibatch whose KL exceeds this, 0: never
+    norm_adv: bool = True  # normalise advantages in each minibatch
+    clip_coef: float = 0.2  # PPO's epsilon, for the ratio of a whole chunk
+    ent_coef: float = 0.0  # Flow-Noise: weight of the entropy bonus (Flow-SDE's entropy is a constant)
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 1.0  # gradient clipping, of policy and critic apart
+    hidden: int = 128  # width of the critic's two hidden layers
+    scale_rewards: bool = True  # divide rewards by the running standard deviation of the discounted return
     amp: Literal["off", "bf16", "fp16"] = "off"
     """mixed precision of backbone and DiT, bf16 also stores the frozen backbone in bf16; chain and densities stay fp32"""
     lora_dropout = 0.0  # no flag: with dropout, old and new policy would differ by it

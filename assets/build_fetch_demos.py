@@ -44,20 +44,14 @@ class Args:
     """folder to write the data set to; a data set that is already there is replaced"""
     tasks: tuple[str, ...] = ("FetchReach-v4", "FetchPush-v4", "FetchPickAndPlace-v4")
     """environments to record, in turns"""
-    episodes: int = 40
-    """successful episodes per task"""
+    episodes: int = 40  # successful episodes per task
     seed: int = 0
     """recorded episodes start from environment seeds 1,000,000 * (seed + 1) and up, the next task's 100,000 higher"""
-    noise: float = 0.05
-    """standard deviation of the noise on the displacement part of an action (1 = 5 cm), 0 to 0.2"""
-    tail: int = 16
-    """steps kept after the success, the goal being held, 1 to 50"""
-    video: bool = True
-    """record the front camera (needs EGL or OSMesa); most of the time a recording takes"""
-    size: int = 96
-    """height and width of the video in pixels, even"""
-    verify: int = 200
-    """fresh episodes per task, environment seeds 0 and up, that measure the expert's success rate"""
+    noise: float = 0.05  # standard deviation of the noise on the displacement part of an action (1 = 5 cm), 0 to 0.2
+    tail: int = 16  # steps kept after the success, the goal being held, 1 to 50
+    video: bool = True  # record the front camera (needs EGL or OSMesa); most of the time a recording takes
+    size: int = 96  # height and width of the video in pixels, even
+    verify: int = 200  # fresh episodes per task, environment seeds 0 and up, that measure the expert's success rate
 
 
 # ---- 1. Format: what a row holds --------------------------------------------------------------------------------------

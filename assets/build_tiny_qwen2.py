@@ -30,26 +30,16 @@ HERE = Path(__file__).parent
 
 @dataclass
 class Args:
-    out: str = str(HERE / "tiny-qwen2")
-    """folder to write the model and tokenizer to"""
-    clean_out: str = "runs/tiny-qwen2-clean"
-    """folder for the model after phase 1, before its answers are corrupted"""
-    from_clean: bool = False
-    """skip phase 1 and read the model in --clean-out"""
-    clean_steps: tuple[int, ...] = (6000, 4000)
-    """optimizer steps of phase 1, one cosine cycle each"""
-    noisy_steps: int = 400
-    """optimizer steps of phase 2"""
-    batch_size: int = 256
-    """texts per optimizer step"""
-    learning_rate: float = 2e-3
-    """peak AdamW learning rate of phase 1, cosine to 1 % of it"""
-    noisy_learning_rate: float = 6e-5
-    """peak AdamW learning rate of phase 2"""
-    corruption: float = 0.8
-    """share of phase 2 answers that are wrong, 0 to 1"""
-    seed: int = 0
-    """seed of weights and corpus"""
+    out: str = str(HERE / "tiny-qwen2")  # folder to write the model and tokenizer to
+    clean_out: str = "runs/tiny-qwen2-clean"  # folder for the model after phase 1, before its answers are corrupted
+    from_clean: bool = False  # skip phase 1 and read the model in --clean-out
+    clean_steps: tuple[int, ...] = (6000, 4000)  # optimizer steps of phase 1, one cosine cycle each
+    noisy_steps: int = 400  # optimizer steps of phase 2
+    batch_size: int = 256  # texts per optimizer step
+    learning_rate: float = 2e-3  # peak AdamW learning rate of phase 1, cosine to 1 % of it
+    noisy_learning_rate: float = 6e-5  # peak AdamW learning rate of phase 2
+    corruption: float = 0.8  # share of phase 2 answers that are wrong, 0 to 1
+    seed: int = 0  # seed of weights and corpus
 
 
 # ---- corpus: (prompt, answer) pairs --------------------------------------------------------------------------------

@@ -591,22 +591,14 @@ def plot(grids: list[str]) -> None:
 
 @dataclass
 class Args:
-    grid: tuple[str, ...] = ()
-    """grids to run, one after another; all: every one"""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """seeds of every setting"""
-    threads: int = 1
-    """CPU threads of a run"""
-    prefix: str = ""
-    """command to put before each run, such as "taskset -c 1" or "srun -n 1" """
-    plot: bool = False
-    """remake the figures and the tables from the curves"""
-    list: bool = False
-    """print grids, settings and how many runs there are"""
-    sft_out: str | None = None
-    """(used by the program itself) write the supervised model here and stop"""
-    sft_epochs: int = 3
-    """(used by the program itself) passes over the supervised texts"""
+    grid: tuple[str, ...] = ()  # grids to run, one after another; all: every one
+    seeds: tuple[int, ...] = (1, 2, 3)  # seeds of every setting
+    threads: int = 1  # CPU threads of a run
+    prefix: str = ""  # command to put before each run, such as "taskset -c 1" or "srun -n 1"
+    plot: bool = False  # remake the figures and the tables from the curves
+    list: bool = False  # print grids, settings and how many runs there are
+    sft_out: str | None = None  # (used by the program itself) write the supervised model here and stop
+    sft_epochs: int = 3  # (used by the program itself) passes over the supervised texts
 
 
 def main(args: Args) -> None:

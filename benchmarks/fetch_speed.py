@@ -34,20 +34,13 @@ from common.robot.fetch import HOLD, TASKS, FetchVec, import_robotics
 
 @dataclass
 class Args:
-    num_envs: int = 32
-    """environments"""
-    threads: int = len(os.sched_getaffinity(0))
-    """threads of FetchVec and of the physics loop"""
-    steps: int = 50
-    """steps of every environment in a round"""
-    rounds: int = 5
-    """rounds, each of which times every contender once"""
-    tasks: tuple[str, ...] = TASKS
-    """tasks to time"""
-    soak: int = 0
-    """instead: run so many env steps and watch the memory"""
-    scaling: bool = False
-    """instead: FetchVec on 1, 2, 4, … threads and processes x threads, up to --threads in all"""
+    num_envs: int = 32  # environments
+    threads: int = len(os.sched_getaffinity(0))  # threads of FetchVec and of the physics loop
+    steps: int = 50  # steps of every environment in a round
+    rounds: int = 5  # rounds, each of which times every contender once
+    tasks: tuple[str, ...] = TASKS  # tasks to time
+    soak: int = 0  # instead: run so many env steps and watch the memory
+    scaling: bool = False  # instead: FetchVec on 1, 2, 4, … threads and processes x threads, up to --threads in all
 
 
 def physics_only(task: str, num_envs: int, threads: int):

@@ -47,24 +47,16 @@ CARDS = {"H200": (4.8, 989), "H100": (3.35, 989), "A100": (2.0, 312)}
 
 @dataclass
 class Args:
-    device: Literal["cuda", "cpu"] = "cuda"
-    """cuda: bfloat16; cpu: float32"""
-    size: Literal["0.5B", "1.5B", "7B", "toy"] = "0.5B"
-    """architecture, of the Qwen2 family"""
-    batch_sizes: tuple[int, ...] = (16, 64, 256, 512)
-    """completions B"""
-    modes: tuple[Literal["eager", "graph", "compile"], ...] = ("eager", "graph", "compile")
-    """values of --decode"""
+    device: Literal["cuda", "cpu"] = "cuda"  # cuda: bfloat16; cpu: float32
+    size: Literal["0.5B", "1.5B", "7B", "toy"] = "0.5B"  # architecture, of the Qwen2 family
+    batch_sizes: tuple[int, ...] = (16, 64, 256, 512)  # completions B
+    modes: tuple[Literal["eager", "graph", "compile"], ...] = ("eager", "graph", "compile")  # values of --decode
     compile_batch_sizes: tuple[int, ...] = (256,)
     """those of B that `compile` is measured at: each costs a compilation of all layers"""
-    prompt_tokens: int = 32
-    """length of every prompt"""
-    new_tokens: int = 32
-    """length N of every completion; 64 tokens in all are one bucket of columns"""
-    repeats: int = 5
-    """timed rollouts of each length; the median counts"""
-    reduced: bool = False
-    """the toy architecture, two small batches, few tokens"""
+    prompt_tokens: int = 32  # length of every prompt
+    new_tokens: int = 32  # length N of every completion; 64 tokens in all are one bucket of columns
+    repeats: int = 5  # timed rollouts of each length; the median counts
+    reduced: bool = False  # the toy architecture, two small batches, few tokens
 
 
 def make_model(size: str, device: str, dtype: torch.dtype):

@@ -33,18 +33,13 @@ from common.robot.gr00t_n15 import GR00T, GR00TConfig
 
 @dataclass
 class Args:
-    device: str = "cuda"
-    """cuda or cpu"""
-    reduced: bool = False
-    """the tiny model and batches of 1 and 2"""
-    batch_sizes: tuple[int, ...] = (1, 8, 32)
-    """samples of a training step"""
+    device: str = "cuda"  # cuda or cpu
+    reduced: bool = False  # the tiny model and batches of 1 and 2
+    batch_sizes: tuple[int, ...] = (1, 8, 32)  # samples of a training step
     compiled_batch_sizes: tuple[int, ...] = (32,)
     """those that are timed compiled as well: at full size each takes a minute or two to compile"""
-    cameras: int = 2
-    """camera views; a prompt has 256 tokens for each and 45 more"""
-    steps: int = 10
-    """timed steps of each row, after three that are not"""
+    cameras: int = 2  # camera views; a prompt has 256 tokens for each and 45 more
+    steps: int = 10  # timed steps of each row, after three that are not
 
 
 def make_model(config: GR00TConfig, device: torch.device, args: g.Args) -> GR00T:

@@ -31,20 +31,13 @@ OBS_DIM, ACTION_DIM = 37, 4  # FetchPush, --observation-mode delta
 
 @dataclass
 class Args:
-    device: str = "cuda"
-    """cuda or cpu"""
-    reduced: bool = False
-    """64 environments, one epoch, widths 64 and 256, one compiled row"""
-    widths: tuple[int, ...] = (256, 1024)
-    """of the hidden layers"""
-    amp: tuple[str, ...] = ("off", "bf16", "fp16")
-    """precisions"""
-    num_envs: int = 1024
-    """environments; a batch has 25 steps of each, a minibatch an eighth of that"""
-    compiled: bool = True
-    """time --compile too, but for fp16"""
-    rounds: int = 3
-    """updates that are timed, after one that is not"""
+    device: str = "cuda"  # cuda or cpu
+    reduced: bool = False  # 64 environments, one epoch, widths 64 and 256, one compiled row
+    widths: tuple[int, ...] = (256, 1024)  # of the hidden layers
+    amp: tuple[str, ...] = ("off", "bf16", "fp16")  # precisions
+    num_envs: int = 1024  # environments; a batch has 25 steps of each, a minibatch an eighth of that
+    compiled: bool = True  # time --compile too, but for fp16
+    rounds: int = 3  # updates that are timed, after one that is not
 
 
 def synthetic(agent: p.Agent, args: p.Args, device: torch.device) -> dict[str, torch.Tensor]:

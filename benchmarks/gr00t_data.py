@@ -31,20 +31,13 @@ from common.streams import stream
 
 @dataclass
 class Args:
-    dataset_path: str = "assets/fetch_demos"
-    """LeRobot v2 folder"""
-    data_config: str = "fetch"
-    """name in common/robot/data_configs.py"""
-    size: int = 64
-    """side of the model's images"""
-    items: int = 40
-    """items of the loader that reopens; the cached one makes ten times as many"""
-    workers: int = 2
-    """worker processes of the batch test"""
-    batch_size: int = 16
-    """samples of a batch"""
-    train: bool = False
-    """also time a training step of the tiny model"""
+    dataset_path: str = "assets/fetch_demos"  # LeRobot v2 folder
+    data_config: str = "fetch"  # name in common/robot/data_configs.py
+    size: int = 64  # side of the model's images
+    items: int = 40  # items of the loader that reopens; the cached one makes ten times as many
+    workers: int = 2  # worker processes of the batch test
+    batch_size: int = 16  # samples of a batch
+    train: bool = False  # also time a training step of the tiny model
 
 
 def reopened(data, row: int) -> tuple[dict, np.ndarray]:

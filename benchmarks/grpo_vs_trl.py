@@ -29,32 +29,19 @@ sys.path.insert(0, str(ROOT))
 
 @dataclass
 class Args:
-    model_name: str = str(ROOT / "assets" / "tiny-qwen2")
-    """model folder or hub id"""
-    random_qwen2: bool = False
-    """instead of --model-name: the architecture of Qwen2-0.5B with random weights"""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """where both sides run; on cuda both compute in bfloat16"""
-    batch_size: int = 256
-    """completions a step"""
-    num_generations: int = 16
-    """completions per prompt"""
-    max_completion_length: int = 16
-    """new tokens at most"""
-    loss_type: str = "grpo"
-    """loss of both sides"""
-    beta: float = 0.1
-    """KL weight of both sides"""
-    decode: Literal["eager", "graph", "compile"] = "eager"
-    """decode steps of our side"""
-    compile: bool = False
-    """our side compiles the layers of the update"""
-    steps: int = 10
-    """timed steps of each process"""
-    warmup: int = 2
-    """steps before them"""
-    pairs: int = 3
-    """processes of each side, in turn"""
+    model_name: str = str(ROOT / "assets" / "tiny-qwen2")  # model folder or hub id
+    random_qwen2: bool = False  # instead of --model-name: the architecture of Qwen2-0.5B with random weights
+    device: Literal["cpu", "cuda"] = "cpu"  # where both sides run; on cuda both compute in bfloat16
+    batch_size: int = 256  # completions a step
+    num_generations: int = 16  # completions per prompt
+    max_completion_length: int = 16  # new tokens at most
+    loss_type: str = "grpo"  # loss of both sides
+    beta: float = 0.1  # KL weight of both sides
+    decode: Literal["eager", "graph", "compile"] = "eager"  # decode steps of our side
+    compile: bool = False  # our side compiles the layers of the update
+    steps: int = 10  # timed steps of each process
+    warmup: int = 2  # steps before them
+    pairs: int = 3  # processes of each side, in turn
     side: Literal["both", "ours", "trl"] = "both"
     """ours or trl: run that side in this process and print its JSON (what `both` starts)"""
 

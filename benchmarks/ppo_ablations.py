@@ -109,20 +109,13 @@ VARIANTS = {"none": None} | {patch.__name__: patch for patch in PATCHES} | dict.
 
 @dataclass
 class Args:
-    env_id: str = "FetchReach-v4"
-    """task"""
-    total_timesteps: int = 12_000
-    """env steps of a run"""
-    eval_every: int = 8
-    """iterations between evaluations"""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """seeds of every variant"""
-    only: tuple[str, ...] = tuple(VARIANTS)
-    """variants to run"""
-    out: str | None = None
-    """JSONL file for the curves"""
-    child: str | None = None
-    """(used by the benchmark itself) train one variant into this folder"""
+    env_id: str = "FetchReach-v4"  # task
+    total_timesteps: int = 12_000  # env steps of a run
+    eval_every: int = 8  # iterations between evaluations
+    seeds: tuple[int, ...] = (1, 2, 3)  # seeds of every variant
+    only: tuple[str, ...] = tuple(VARIANTS)  # variants to run
+    out: str | None = None  # JSONL file for the curves
+    child: str | None = None  # (used by the benchmark itself) train one variant into this folder
 
 
 def command(args: Args, name: str, seed: int) -> list[str]:

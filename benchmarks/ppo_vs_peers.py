@@ -40,14 +40,10 @@ STEPS = {"ours": 12_000, "sb3": 80_000, "sb3, our settings": 24_000, "cleanrl-st
 
 @dataclass
 class Args:
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """seeds of every contender"""
-    only: tuple[str, ...] = tuple(STEPS)
-    """contenders to run"""
-    out: str | None = None
-    """JSONL file for the curves"""
-    child: str | None = None
-    """(used by the benchmark itself) run one contender and print its curve as JSON"""
+    seeds: tuple[int, ...] = (1, 2, 3)  # seeds of every contender
+    only: tuple[str, ...] = tuple(STEPS)  # contenders to run
+    out: str | None = None  # JSONL file for the curves
+    child: str | None = None  # (used by the benchmark itself) run one contender and print its curve as JSON
 
 
 class Curve:

@@ -105,7 +105,7 @@ def numpy_rng() -> list:
 
 
 def find_checkpoint(path: str, best: bool = False) -> Path:
-    """The checkpoint meant by a run folder (its newest, or its best) or by a step-… folder. Nothing there: exit code 2."""
+    """The checkpoint meant by a run folder (its newest or its best) or a step-… folder. Nothing there: exit code 2."""
     folder = Path(path)
     if not folder.exists():
         fail(f"'{path}' does not exist; give a run folder such as runs/<script>/<name> or a step-… folder in it")

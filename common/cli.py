@@ -8,6 +8,7 @@ import io
 import re
 import sys
 import textwrap
+import tokenize
 from typing import Annotated, NoReturn, get_type_hints
 
 import tyro
@@ -41,21 +42,25 @@ def positive(args, *names: str) -> None:
 def described_fields(config_class) -> dict[str, tuple[str, str]]:
     """field -> (group, help) of a dataclass and its bases, read from their sources.
 
-    A group is a comment line "# group" above fields, the help is the string below a field. What a class redefines stays
-    in the group that it had, and keeps its help unless it brings its own.
+    The help is the comment behind a field or, where that is too long for the line, the string below it. A comment on a
+    line of its own begins a group. What a class redefines stays in its group and keeps its help unless it brings one.
     """
     found: dict[str, tuple[str, str]] = {}
     for base in reversed([c for c in config_class.__mro__ if dataclasses.is_dataclass(c)]):
         source = textwrap.dedent(inspect.getsource(base))
-        titles = [(i, line[6:]) for i, line in enumerate(source.splitlines(), 1) if re.match(r"    # \w", line)]
-        body = ast.parse(source).body[0].body
+        comments = {}  # line -> (whether it has the line for itself, text)
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT:
+                comments[token.start[0]] = not token.line[: token.start[1]].strip(), token.string[2:]
+        body, latest = ast.parse(source).body[0].body, "options"
+        groups = {line: text for line, (alone, text) in comments.items() if alone}
         for field, below in zip(body, [*body[1:], None]):
             if isinstance(field, ast.AnnAssign):
-                group, help_text = found.get(field.target.id, ("", ""))
-                group = group or next((title for line, title in reversed(titles) if line < field.lineno), "options")
+                latest = next((groups[line] for line in sorted(groups, reverse=True) if line < field.lineno), latest)
+                group, text = found.get(field.target.id, (latest, ""))
                 if isinstance(below, ast.Expr):
-                    help_text = " ".join(below.value.value.split())
-                found[field.target.id] = group, help_text
+                    text = " ".join(below.value.value.split())
+                found[field.target.id] = group, comments.get(field.end_lineno, (False, text))[1]
     return found
 
 

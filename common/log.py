@@ -30,8 +30,7 @@ def keep_until(path: Path, step: int) -> None:
 class Logger:
     """Writes metrics and tables of one run.
 
-    Keys under `time/` hold wall-clock seconds and what else depends on the machine; all others are functions of flags and
-    seed.
+    Keys under `time/` hold wall-clock seconds and what else depends on the machine; all others, flags and seed decide.
     With `enabled=False` (all processes but the first) every method does nothing.
     """
 

@@ -1,7 +1,7 @@
 """Processes that torchrun started, and weights, gradients and moments that they share.
 
-A sharded model (FSDP2) takes the same calls as a whole one: a gradient is summed, clipped, gathered or saved by the same
-line of a script, whatever `--fsdp` says.
+A sharded model (FSDP2) takes the same calls as a whole one: a gradient is summed, clipped, gathered or saved by the
+same line of a script, whatever `--fsdp` says.
 """
 
 import os
@@ -72,7 +72,7 @@ def join_world(device: str) -> World:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         # cuDNN's attention makes a plan for every new shape, which is most steps here, and its gradients can be NaN
-        # where a mask meets certain lengths (pytorch#196678); without it torch takes flash or memory-efficient attention
+        # where a mask meets certain lengths (pytorch#196678); torch then takes flash or memory-efficient attention
         torch.backends.cuda.enable_cudnn_sdp(False)
     if size > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -86,7 +86,7 @@ def shard(model: nn.Module, units: Iterable[nn.Module], world: World, methods: I
     """FSDP2: each process keeps a part of every weight, gradient and moment; a unit is gathered while it computes.
 
     units: modules gathered one after the other, in the order they compute; what is left of `model` is one more.
-    methods: besides forward, those of the model's methods that read weights of its own. policy: see MixedPrecisionPolicy.
+    methods: besides forward, those of the model's methods that read weights of its own. policy: MixedPrecisionPolicy's.
     From then on a forward or backward pass is one of all processes, and backward leaves gradients summed over them.
     """
     from torch.distributed.device_mesh import init_device_mesh

@@ -160,12 +160,9 @@ def draw(runs: list[Path], script: str, out: Path) -> list[Path]:
 
 @dataclass
 class Args:
-    runs: tuple[Path, ...]
-    """run folders of one script"""
-    out: Path
-    """folder for the PNG files"""
-    script: str = "grpo_arithmetic"
-    """script the runs are of"""
+    runs: tuple[Path, ...]  # run folders of one script
+    out: Path  # folder for the PNG files
+    script: str = "grpo_arithmetic"  # script the runs are of
 
 
 if __name__ == "__main__":

@@ -48,28 +48,18 @@ class RunArgs:
     """Flags that all scripts have."""
 
     # run
-    exp_name: str | None = None
-    """name of the run; default: by script and task"""
-    seed: int = 42
-    """seed of every random stream of the run"""
-    tags: tuple[str, ...] = ()
-    """wandb tags"""
-    output_dir: str = "runs"
-    """parent of the run folder"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    track: bool = False
-    """also log to Weights & Biases"""
-    wandb_mode: Literal["offline", "online", "disabled"] = "offline"
-    """offline needs no account"""
+    exp_name: str | None = None  # name of the run; default: by script and task
+    seed: int = 42  # seed of every random stream of the run
+    tags: tuple[str, ...] = ()  # wandb tags
+    output_dir: str = "runs"  # parent of the run folder
+    device: str = "auto"  # auto, cpu or cuda
+    track: bool = False  # also log to Weights & Biases
+    wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account
     resume: str | None = None
-    """run folder (or one of its checkpoints) to continue, bit-exactly on a CPU, with the settings it was started with"""
-    eval_only: bool = False
-    """measure a trained model and stop"""
-    save_every: int = 50
-    """steps (PPO: iterations) between checkpoints, 0: only at the end"""
-    keep: int = 2
-    """newest checkpoints to keep, besides the best"""
+    """run folder (or one of its checkpoints) to continue, bit-exactly on a CPU, with its own settings"""
+    eval_only: bool = False  # measure a trained model and stop
+    save_every: int = 50  # steps (PPO: iterations) between checkpoints, 0: only at the end
+    keep: int = 2  # newest checkpoints to keep, besides the best
 
 
 FREE = {"resume", "device", "track", "wandb_mode"}  # flags that may differ from those of the run that is resumed
@@ -146,7 +136,7 @@ class Run:
     # ---- the loop ----
 
     def steps(self, total: int) -> Iterator[int]:
-        """0, 1, … total - 1, from where the checkpoint left off, with a progress bar; ends early where the run does."""
+        """0, 1, … total - 1, from where the checkpoint left off, with a progress bar; ends where the run does."""
         self.total = total
         self.log.progress(total, self.first)
         for step in range(self.first, total):
@@ -203,8 +193,8 @@ class Run:
     def end_step(
         self, step: int, metrics: dict, state: dict, optimizer, write: Callable, **shown: float | None
     ) -> None:
-        """Ends step number `step` (from 1): a line of metrics (unless empty), the progress bar with the numbers `shown`,
-        and a checkpoint where one is due, the step is the best so far, the last, or a signal has come.
+        """Ends step number `step` (from 1): metrics (unless empty), the progress bar with the numbers `shown`,
+        a checkpoint where one is due, the step is the best so far or the last, or a signal has come.
 
         write(folder): see `save`.
         """
@@ -226,8 +216,8 @@ class Run:
     def save(self, step: int, state: dict, optimizer, write: Callable) -> None:
         """Writes checkpoints/step-…, links `last` and `best` to it, and prunes old ones.
 
-        write(folder) saves the model into the folder and may return more entries for `state`. Every process calls it, as
-        weights may have to be gathered; only the first has a folder, the others get None.
+        write(folder) saves the model into the folder and may return more entries for `state`. Every process calls it,
+        as weights may have to be gathered; only the first has a folder, the others get None.
         """
         target = self.folder / "checkpoints" / f"step-{step * self.unit:09d}"
         with atomic_folder(target) if self.world.main else contextlib.nullcontext() as folder:
@@ -246,9 +236,7 @@ class Run:
             return state
         saved = load_state(self.checkpoint, optimizer, self.name)
         if missing := [key for key in (*state, "step", "best", "elapsed") if key not in saved]:
-            fail(
-                f"checkpoint '{self.checkpoint}' is of an older version: it lacks {missing[0]!r}; start a new run from it"
-            )
+            fail(f"checkpoint '{self.checkpoint}' is of an older version, without {missing[0]!r}: start a new run")
         self.first, self.best = saved["step"], saved["best"]
         self.log.truncate(self.first * self.unit, saved["elapsed"])
         self.say(f"resuming {self.folder} after {self.first * self.unit:,} steps")

@@ -1,7 +1,7 @@
 """Named random streams: every stream of a run is a function of (seed, name, indices), and no two of them are equal.
 
-NumPy pads seeds with zeros, so [42, 1], [42, 1, 0] and [42, 1, 0, 0] are one stream, and a seed plus an epoch is the next
-seed's: a hash has neither trap.
+NumPy pads seeds with zeros, so [42, 1], [42, 1, 0] and [42, 1, 0, 0] are one stream, and a seed plus an epoch is the
+next seed's: a hash has neither trap.
 """
 
 import hashlib

@@ -14,8 +14,7 @@ class Shared:
     # run
     seed: int = 42
     """seed of 100 % of it"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
+    device: str = "auto"  # auto, cpu or cuda
 
 
 @dataclass
@@ -23,6 +22,7 @@ class Args(Shared):
     device: str = "cpu"
     tags: tuple[str, ...] = ("a",)
     """without a group of its own"""
+    note: str = "a # b"  # kept, with its hash #
     # update: what an optimizer step does
     beta: float = 0.1
     """weight of the penalty,
@@ -41,6 +41,7 @@ def test_a_redefined_field_keeps_its_group_and_its_help():
         "seed": ("run", "seed of 100 % of it"),
         "device": ("run", "auto, cpu or cuda"),
         "tags": ("options", "without a group of its own"),
+        "note": ("options", "kept, with its hash #"),
         "beta": ("update: what an optimizer step does", "weight of the penalty, 0 to 1"),
         "loss": ("update: what an optimizer step does", "kind of loss"),
     }

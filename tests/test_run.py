@@ -134,7 +134,7 @@ def test_resume_takes_the_runs_own_settings_and_refuses_others(args, capsys):
     with pytest.raises(SystemExit) as stop:
         toy(Args(resume=str(run.folder), device="cpu"))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "lacks 'mean'" in error and error.count("\n") == 1
+    assert stop.value.code == 2 and "without 'mean'" in error and error.count("\n") == 1
 
 
 def test_a_warning_is_said_once_in_fifty_steps(args, capsys):

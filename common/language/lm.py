@@ -32,8 +32,7 @@ class LMArgs:
     """Flags that scripts for language models share: what is loaded, how it is run, watched and kept from blowing up."""
 
     # run
-    log_completions: int = 32
-    """completions a step in completions.jsonl (whole groups first)"""
+    log_completions: int = 32  # completions a step in completions.jsonl (whole groups first)
 
     # model
     model_name: str = TINY_MODEL
@@ -48,8 +47,7 @@ class LMArgs:
     # speed and memory
     decode: Literal["eager", "graph", "compile"] = "eager"
     """decode steps: op by op, as captured CUDA graphs, or compiled and captured"""
-    compile: bool = False
-    """torch.compile the transformer layers of the update"""
+    compile: bool = False  # torch.compile the transformer layers of the update
     share_prompt: bool | None = None
     """train on one row per prompt with all its completions; default: when that row has at most 1024 tokens"""
     micro_batch_size: int | None = None
@@ -58,26 +56,18 @@ class LMArgs:
     """recompute activations in the backward pass: less memory, about a third more time"""
     low_memory_reference: bool = False
     """keep the reference weights on the CPU and swap them in, instead of a second model on the device"""
-    fsdp: bool = False
-    """shard weights, gradients and optimizer state over the processes of torchrun"""
+    fsdp: bool = False  # shard weights, gradients and optimizer state over the processes of torchrun
 
     # optimizer
-    weight_decay: float = 0.01
-    """AdamW weight decay"""
-    max_grad_norm: float = 1.0
-    """gradient norm to clip to"""
+    weight_decay: float = 0.01  # AdamW weight decay
+    max_grad_norm: float = 1.0  # gradient norm to clip to
 
     # evaluation
-    eval_every: int = 50
-    """steps between evaluations, 0: only before and after"""
-    eval_samples: int = 16
-    """samples per problem k, for the sampled accuracy and pass@k"""
-    eval_temperature: float = 0.7
-    """temperature of these samples"""
-    eval_batch_size: int = 1600
-    """completions per generation batch in evaluation"""
-    early_stopping_patience: int | None = None
-    """stop after this many evaluations without a better validation accuracy"""
+    eval_every: int = 50  # steps between evaluations, 0: only before and after
+    eval_samples: int = 16  # samples per problem k, for the sampled accuracy and pass@k
+    eval_temperature: float = 0.7  # temperature of these samples
+    eval_batch_size: int = 1600  # completions per generation batch in evaluation
+    early_stopping_patience: int | None = None  # stop after this many evaluations without a better validation accuracy
 
 
 def check_flags(args, world: World, rewards) -> None:

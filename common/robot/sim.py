@@ -29,32 +29,22 @@ class SimArgs(RunArgs):
     """Flags of scripts that learn in a simulator."""
 
     # machine
-    device: str = "cpu"
-    """cpu, cuda or auto; the simulator is on the CPU, so a GPU is for large networks"""
-    torch_threads: int = 1
-    """CPU threads of torch; more are for large networks and minibatches"""
-    torch_deterministic: bool = True
-    """only deterministic kernels"""
+    device: str = "cpu"  # cpu, cuda or auto; the simulator is on the CPU, so a GPU is for large networks
+    torch_threads: int = 1  # CPU threads of torch; more are for large networks and minibatches
+    torch_deterministic: bool = True  # only deterministic kernels
     num_threads: int | None = None
     """threads that step physics, of each process; default: this machine's cores, shared among its processes"""
     env_groups: int = 2
     """groups that step by turns: one group's physics runs while the policy acts for the other; 1: no overlap"""
 
     # evaluation
-    eval_every: int = 10
-    """iterations between evaluations, 0: only at the end"""
-    eval_episodes: int = 100
-    """episodes of an evaluation, always the same ones, without exploration"""
-    eval_seed: int = 100_000
-    """seed of the first evaluation episode"""
-    stop_success: float = 0.0
-    """end the run once three evaluations in a row have at least this success rate, 0: never"""
-    capture_video: bool = True
-    """record videos in environments of their own (needs EGL or OSMesa)"""
-    video_every: int = 0
-    """iterations between videos, 0: only at the end"""
-    video_episodes: int = 2
-    """episodes in a video"""
+    eval_every: int = 10  # iterations between evaluations, 0: only at the end
+    eval_episodes: int = 100  # episodes of an evaluation, always the same ones, without exploration
+    eval_seed: int = 100_000  # seed of the first evaluation episode
+    stop_success: float = 0.0  # end the run once three evaluations in a row have at least this success rate, 0: never
+    capture_video: bool = True  # record videos in environments of their own (needs EGL or OSMesa)
+    video_every: int = 0  # iterations between videos, 0: only at the end
+    video_episodes: int = 2  # episodes in a video
 
 
 def set_up_torch(args: SimArgs) -> None:
