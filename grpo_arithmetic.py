@@ -71,6 +71,8 @@ class Args(LMArgs, RunArgs):
     learning_rate: float | None = None  # peak AdamW learning rate; default: 5e-6, below 50 M parameters 3e-4
     warmup_ratio: float = 0.1
     """share of the steps in which the learning rate rises, 0 to 1; then it falls to zero in a line"""
+    weight_decay: float = 0.01  # AdamW weight decay
+    max_grad_norm: float = 1.0  # gradient norm to clip to
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"  # how token losses are averaged, see grpo_loss
     beta: float = 0.1  # weight of the KL penalty, 0 (no reference model) to 0.2
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -83,6 +85,10 @@ class Args(LMArgs, RunArgs):
     # evaluation
     eval_dataset: str = str(lm.ASSETS / "arithmetic_eval.jsonl")
     """JSONL file or hub id with columns prompt and answer, such as morgan/arithmetic_eval"""
+    eval_every: int = 50  # steps between evaluations, 0: only before and after
+    eval_samples: int = 16  # samples per problem k, for the sampled accuracy and pass@k
+    eval_temperature: float = 0.7  # temperature of these samples
+    early_stopping_patience: int | None = None  # stop after this many evaluations without a better validation accuracy
 
 
 def resolve(args: Args, config, excluded: set[str]) -> Args:

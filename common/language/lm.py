@@ -29,7 +29,7 @@ TINY_MODEL = str(ASSETS / "tiny-qwen2")
 
 @dataclass
 class LMArgs:
-    """Flags that scripts for language models share: what is loaded, how it is run, watched and kept from blowing up."""
+    """Flags of scripts for language models: what is loaded, and what costs time or memory without changing a result."""
 
     # run
     log_completions: int = 32  # completions a step in completions.jsonl (whole groups first)
@@ -57,17 +57,7 @@ class LMArgs:
     low_memory_reference: bool = False
     """keep the reference weights on the CPU and swap them in, instead of a second model on the device"""
     fsdp: bool = False  # shard weights, gradients and optimizer state over the processes of torchrun
-
-    # optimizer
-    weight_decay: float = 0.01  # AdamW weight decay
-    max_grad_norm: float = 1.0  # gradient norm to clip to
-
-    # evaluation
-    eval_every: int = 50  # steps between evaluations, 0: only before and after
-    eval_samples: int = 16  # samples per problem k, for the sampled accuracy and pass@k
-    eval_temperature: float = 0.7  # temperature of these samples
     eval_batch_size: int = 1600  # completions per generation batch in evaluation
-    early_stopping_patience: int | None = None  # stop after this many evaluations without a better validation accuracy
 
 
 def check_flags(args, world: World, rewards) -> None:
