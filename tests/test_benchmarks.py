@@ -33,6 +33,13 @@ def test_every_part_of_gpu_sh_parses(words, monkeypatch):
     parse(module.Args, "")
 
 
+def test_the_language_models_gpu_tests_are_collected_without_a_simulator():
+    code = "import sys; sys.modules |= dict.fromkeys(['gymnasium', 'mujoco']); import pytest; "
+    code += "sys.exit(pytest.main(['-n', '0', '-m', 'gpu', '--collect-only', 'tests']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "test_grpo_gpu.py::test_captured_steps" in done.stdout, done.stdout[-2000:]
+
+
 def test_gpu_sh_goes_on_after_a_failure_names_it_and_fails(tmp_path):
     done = subprocess.run(["bash", str(ROOT / "benchmarks/gpu.sh"), "cpu"], capture_output=True, text=True,
                           env=os.environ | {"PYTHON": "false", "LOG": str(tmp_path / "log")})  # fmt: skip
