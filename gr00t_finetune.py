@@ -740,6 +740,8 @@ def main(args: Args) -> None:
     run = Run(__file__, args, FREE | {"num_workers", "cache_dir"})
     args = resolve(run.args)
     check(args, run.world)
+    if args.amp == "bf16":  # what autocast leaves in fp32, such as rotary angles, is to be exact
+        torch.set_float32_matmul_precision("highest")
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
     # everything about the data that can be wrong is found before a model is loaded or a folder is made

@@ -179,6 +179,7 @@ def attention_kernels(config: GR00TConfig, B: int, flags: Args, device: torch.de
 def main(flags: Args) -> None:
     device = join_world(flags.device).device
     args = g.resolve(g.Args(model_path="nvidia/GR00T-N1.5-3B", device=flags.device))
+    torch.set_float32_matmul_precision("highest")  # as the script does where autocast is on
     config = GR00TConfig()
     if flags.reduced:
         config = GR00TConfig.tiny(image_size=32, dit_layers=2, dropout=0.2, vl_dropout=0.2)

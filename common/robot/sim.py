@@ -51,6 +51,8 @@ def set_up_torch(args: SimArgs) -> None:
     torch.set_num_threads(args.torch_threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to be deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    if args.amp != "off":  # what autocast leaves in fp32, such as rotary angles, is to be exact
+        torch.set_float32_matmul_precision("highest")
 
 
 def check_numbers(args, batch_steps: int, world: World) -> None:
