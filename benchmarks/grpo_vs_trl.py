@@ -12,6 +12,7 @@ is tiny on purpose: both sides keep the completions of the untrained model, so b
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,8 @@ class Args:
     max_completion_length: int = 16  # new tokens at most
     loss_type: str = "grpo"  # loss of both sides
     beta: float = 0.1  # KL weight of both sides
+    micro_batch_size: int | None = None
+    """completions per forward and backward pass of both sides; default: all (256 of 256 tokens need more than 80 GB)"""
     decode: Literal["eager", "graph", "compile"] = "eager"  # decode steps of our side
     compile: bool = False  # our side compiles the layers of the update
     steps: int = 10  # timed steps of each process
@@ -46,18 +49,35 @@ class Args:
     """ours or trl: run that side in this process and print its JSON (what `both` starts)"""
 
 
-def random_qwen2_folder(folder: str) -> str:
-    from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+def random_qwen2_folder(folder: str, device: str) -> str:
+    """Qwen2-0.5B's architecture, and a tokenizer of as many ids: both sides sample the whole vocabulary, where an end is
+    one id of 151,936, so that practically all completions of both have the full length."""
+    import torch
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
         hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
         vocab_size=151936, tie_word_embeddings=True,
     )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=256, pad_token_id=256)
+    with torch.device(device):
+        model = Qwen2ForCausalLM(config)
+    end = copy_tokenizer(folder, config.vocab_size)
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(ROOT / "assets" / "tiny-qwen2").save_pretrained(folder)
     return folder
+
+
+def copy_tokenizer(folder: str, size: int) -> int:
+    """The bundled tokenizer with words "w256", "w257", ... that no text is made of, `size` ids in all; its end id."""
+    tiny = ROOT / "assets" / "tiny-qwen2"
+    tokenizer = json.loads((tiny / "tokenizer.json").read_text())
+    bytes_, special = len(tokenizer["model"]["vocab"]), tokenizer["added_tokens"]
+    tokenizer["model"]["vocab"] |= {f"w{i}": i for i in range(bytes_, size - len(special))}
+    for i, token in enumerate(special):  # the end comes first; the library wants them last
+        token["id"] = size - len(special) + i
+    Path(folder, "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(tiny / "tokenizer_config.json", folder)
+    return special[0]["id"]
 
 
 def summarise(args: Args, step, generation, update, tokens, peak) -> dict:
@@ -75,8 +95,15 @@ def peak_memory(device: str) -> float:
 
 
 def run_ours(args: Args) -> dict:
+    import numpy as np
+
     import grpo_arithmetic as grpo
 
+    # not part of a step: evaluations before and after, which cost minutes with a model that never ends
+    grpo.sample_answers = lambda policy, problems, samples, *rest, **options: (
+        np.zeros((len(problems), samples)),
+        [[""] * samples for _ in problems],
+    )
     with tempfile.TemporaryDirectory() as folder:
         total = args.steps + args.warmup
         flags = grpo.Args(
@@ -84,7 +111,7 @@ def run_ours(args: Args) -> dict:
             num_generations=args.num_generations, max_completion_length=args.max_completion_length, beta=args.beta,
             epochs=total, n_samples=args.batch_size // args.num_generations, learning_rate=1e-7, output_dir=folder,
             eval_every=0, eval_samples=1, eval_batch_size=args.batch_size, save_every=0, decode=args.decode,
-            compile=args.compile,
+            compile=args.compile, micro_batch_size=args.micro_batch_size,
         )  # fmt: skip
         try:
             grpo.main(flags)
@@ -99,12 +126,14 @@ def run_ours(args: Args) -> dict:
 
 def run_trl(args: Args) -> dict:
     import datasets
+    import torch
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     import grpo_arithmetic as grpo
     from common.streams import stream
 
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as on our side: it plans anew for every shape
     n = args.batch_size // args.num_generations
     problems = grpo.draw_unique(stream(42, "problems"), grpo.Level(0, 20), n)
     rows = [{"prompt": p.prompt, "answer": p.answer} for p in problems]
@@ -119,8 +148,6 @@ def run_trl(args: Args) -> dict:
             start = time.perf_counter()
             result = super()._generate(*positional, **named)
             if args.device == "cuda":
-                import torch
-
                 torch.cuda.synchronize()
             generation_s.append(time.perf_counter() - start)
             return result
@@ -134,7 +161,9 @@ def run_trl(args: Args) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, per_device_train_batch_size=args.batch_size, num_generations=args.num_generations,
+            output_dir=folder, per_device_train_batch_size=args.micro_batch_size or args.batch_size,
+            gradient_accumulation_steps=args.batch_size // (args.micro_batch_size or args.batch_size),
+            num_generations=args.num_generations, use_bias_correction_kl=False,  # k3's own gradient, as on our side
             max_completion_length=args.max_completion_length, temperature=0.7, beta=args.beta, loss_type=args.loss_type,
             learning_rate=1e-7, weight_decay=0.01, max_steps=args.steps + args.warmup, logging_steps=1, report_to="none",
             save_strategy="no", seed=42, gradient_checkpointing=False, bf16=args.device == "cuda",
@@ -151,9 +180,10 @@ def run_trl(args: Args) -> dict:
 
 def both(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        model = random_qwen2_folder(folder) if args.random_qwen2 else args.model_name
+        model = random_qwen2_folder(folder, args.device) if args.random_qwen2 else args.model_name
         flags = [f"--model-name={model}", f"--device={args.device}", f"--loss-type={args.loss_type}"]
         flags += [f"--decode={args.decode}", "--compile" if args.compile else "--no-compile"]
+        flags += [f"--micro-batch-size={args.micro_batch_size}"] if args.micro_batch_size else []
         for name in ("batch_size", "num_generations", "max_completion_length", "beta", "steps", "warmup"):
             flags.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
         results = {"ours": [], "trl": []}

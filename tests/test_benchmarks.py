@@ -78,3 +78,17 @@ def test_the_benchmarked_ppo_batch_is_one_that_update_takes(capsys):
     flags = gpu_ppo.Args(device="cpu", num_envs=8, reduced=True, rounds=1)
     gpu_ppo.measure(16, "off", False, flags, World(0, 1, torch.device("cpu")))
     assert '"update_steps_per_s"' in capsys.readouterr().out
+
+
+def test_both_sides_of_the_comparison_sample_the_whole_vocabulary_of_the_random_model(tmp_path, tokenizer):
+    """Ours samples the ids of the tokenizer, TRL those of the model."""
+    from transformers import AutoTokenizer
+
+    from benchmarks.grpo_vs_trl import copy_tokenizer
+
+    end = copy_tokenizer(str(tmp_path), 151936)
+    large = AutoTokenizer.from_pretrained(tmp_path)
+    text = "Calculate: 7 * 8 = "
+    assert len(large) == 151936 and large(text).input_ids == tokenizer(text).input_ids
+    assert large.eos_token_id == large.pad_token_id == end
+    assert large.decode([*tokenizer("56").input_ids, 300, end - 1]) == f"56w300w{end - 1}"
