@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from common.cli import fail, parse
 from common.language import lm, watch
 from common.language.data import read_rows
-from common.language.decode import Decoder, pad_right
+from common.language.decode import Decoder, inverse_cdf, pad_right
 from common.language.lm import LMArgs, Policy, Reference
 from common.parallel import World, clip_gradients, sum_gradients
 from common.run import Run, RunArgs
@@ -472,8 +472,7 @@ def sample_tokens(logits, uniform, temperature, vocab_size=None):
     if temperature == 0:
         tokens = logp.argmax(-1)
     else:
-        cdf = logp.exp().cumsum(-1)  # eq: a = min { a : sum_{b <= a} pi(b) > u }
-        tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
+        tokens = inverse_cdf(logp.exp(), uniform)  # eq: a = min { a : sum_{b <= a} pi(b) > u }
         tokens = tokens.clamp(max=(vocab_size or logits.shape[-1]) - 1)
     return tokens, logp.gather(-1, tokens[:, None])[:, 0]
 

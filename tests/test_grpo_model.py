@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import VOCAB, make_model
 
-from common.language.decode import pad_right
+from common.language.decode import inverse_cdf, pad_right
 from common.language.lm import head_logprobs, load_model, micro_batches, sampling_copy, stop_token_ids, swapped
 from grpo_arithmetic import (
     Args,
@@ -374,6 +374,29 @@ def test_the_sampling_copy_rounds_weights_but_not_the_rotary_frequencies(name):
     x, position = torch.zeros(1, 1, 32, dtype=torch.bfloat16), torch.tensor([[1000]])
     for low, full in zip(copied.base_model.rotary_emb(x, position), model.base_model.rotary_emb(x.float(), position)):
         assert (low - full).abs().max() < 0.005, "no more than cos and sin rounded to bfloat16"
+
+
+def test_a_large_vocabulary_is_sampled_in_two_steps_by_the_same_rule():
+    """The definition in float64; where ids have no probability, at the ends of blocks too, none is ever drawn."""
+    torch.manual_seed(0)
+    B, V = 64, 20_000
+    logits, u = 3 * torch.randn(B, V), torch.rand(B)
+    u[0], u[1] = 0, 1 - 2**-24
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    exact = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
+    p = logits.softmax(-1)
+    assert (inverse_cdf(p, u) == exact).float().mean() >= 0.95 and torch.equal(inverse_cdf(p, u)[:2], exact[:2])
+    small = p[:, :5000] / p[:, :5000].sum(-1, keepdim=True)
+    plain = torch.searchsorted(small.cumsum(-1), (u * small.cumsum(-1)[:, -1])[:, None], right=True)[:, 0]
+    assert torch.equal(inverse_cdf(small, u), plain), "a small one in one step"
+    for seed in range(20):
+        torch.manual_seed(seed)
+        p = torch.where(torch.rand(B, V) < 0.99, 0.0, torch.rand(B, V))
+        p[:, 300:10_000] = 0
+        u = torch.rand(B)
+        u[0], u[1] = 0, 1 - 2**-24
+        for scale in (1, 1e-3):
+            assert (p.gather(1, inverse_cdf(p * scale, u)[:, None]) > 0).all()
 
 
 def test_low_memory_reference_swaps_the_initial_weights_in_and_the_trained_ones_back():

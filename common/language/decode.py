@@ -34,6 +34,32 @@ def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
+def first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """cdf (B, n), target (B, 1) -> (B, 1) the first index whose running sum is above the target."""
+    return torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[-1] - 1)
+
+
+def inverse_cdf(p: torch.Tensor, uniform: torch.Tensor, block: int = 128) -> torch.Tensor:
+    """p (B, V) probabilities, uniform (B,) in [0, 1) -> ids (B,).
+
+    Of more than 64 blocks first the block of 128 ids, then the id in it: a running sum over 150,000 numbers is slow on a
+    GPU, and torch 2.11 fails to compile it for a batch of 256 (pytorch#180221).
+    """
+    if p.shape[-1] <= 64 * block:
+        cdf = p.cumsum(-1)  # eq: a = min { a : sum_{b <= a} p(b) > u }
+        return first_above(cdf, uniform[:, None] * cdf[:, -1:])[:, 0]
+    blocks = F.pad(p, (0, -p.shape[-1] % block)).unflatten(-1, (-1, block))  # (B, V / block, block)
+    mass = blocks.sum(-1)  # (B, V / block)
+    cdf = mass.cumsum(-1)
+    target = uniform[:, None] * cdf[:, -1:]
+    chosen = first_above(cdf, target)  # (B, 1)
+    rest = target - (cdf.gather(-1, chosen) - mass.gather(-1, chosen))  # (B, 1) what is left of it in the block
+    inside = blocks.gather(1, chosen[:, :, None].expand(-1, -1, block))[:, 0].cumsum(-1)  # (B, block)
+    # what rounding adds or takes must not lead to an id of probability 0 at either end of the block
+    rest = rest.clamp(min=0).minimum(inside[:, -1:] * (1 - 2**-23))
+    return (chosen * block + first_above(inside, rest))[:, 0]
+
+
 class RowCacheLayer(CacheLayerMixin):
     """Preallocated keys and values (b, heads, capacity, head_dim) in which every row has its own next position.
 
