@@ -51,6 +51,7 @@ class Args:
     size: Literal["0.5B", "1.5B", "7B", "toy"] = "0.5B"  # architecture, of the Qwen2 family
     batch_sizes: tuple[int, ...] = (16, 64, 256, 512)  # completions B
     modes: tuple[Literal["eager", "graph", "compile"], ...] = ("eager", "graph", "compile")  # values of --decode
+    checks: bool = True  # numerics and sampling after the speed
     compile_batch_sizes: tuple[int, ...] = (256,)
     """those of B that `compile` is measured at: each costs a compilation of all layers"""
     prompt_tokens: int = 32  # length of every prompt
@@ -67,7 +68,7 @@ def make_model(size: str, device: str, dtype: torch.dtype):
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
-        return Qwen2ForCausalLM(config).to(dtype).eval().requires_grad_(False)
+        return sampling_copy(Qwen2ForCausalLM(config).eval(), torch.device(device), dtype)
 
 
 def kv_bytes(size: str, dtype: torch.dtype) -> int:
@@ -159,13 +160,21 @@ def sampling(args: Args) -> list[dict]:
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(B, vocabulary, generator=draw).to(args.device, torch.bfloat16)
     uniform, rows, tokens = torch.rand(B, generator=draw).to(args.device), [], []
+    cdf = (logits.double() / 0.7).softmax(-1).cumsum(-1)
+    exact = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
+    del cdf
     compiled = torch.compile(grpo.sample_tokens, dynamic=False, fullgraph=True)
     for name, sample in (("eager", grpo.sample_tokens), ("compiled", compiled)):
         once = partial(sample, logits, uniform, 0.7, vocabulary)
-        tokens.append(once()[0])
+        try:
+            tokens.append(once()[0])
+        except Exception as error:  # whatever the compiler raises is a result
+            print(json.dumps({"sampling": name, "failed": str(error).splitlines()[0][:200]}))
+            continue
         took = 1e3 * seconds(once, 4 * args.repeats, args.device)
         rows.append({"sampling": name, "B": B, "ms": float(f"{took:.4g}")})
         rows[-1]["equal_to_eager"] = float(f"{(tokens[0] == tokens[-1]).float().mean():.4g}")
+        rows[-1]["equal_to_float64"] = float(f"{(exact == tokens[-1]).float().mean():.4g}")
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -189,10 +198,15 @@ def numerics(args: Args) -> dict[str, float | bool]:
     found["graph: largest log-prob gap of those"] = (slow_logp - fast_logp)[same].abs().max().item()
 
     sampler = sampling_copy(model, model.device, torch.bfloat16)
-    prompts, ids, mask, sampled = rollout(sampler, decoder_of(sampler, "graph"), args, B, N, temperature=1.0)
+    drawn = {m: rollout(sampler, decoder_of(sampler, m), args, B, N, temperature=1.0) for m in ("eager", "graph")}
+    prompts, ids, mask, sampled = drawn["graph"]
     model.set_attn_implementation("sdpa")
     model.requires_grad_(True)
     prompt_ids, lengths = pad_right(prompts, 0, model.device)
+    for mode, (_, tokens, its_mask, its_logp) in drawn.items():
+        with torch.no_grad():
+            exact, _ = grpo.token_logprobs(model, prompt_ids, lengths, tokens, its_mask, temperature=1.0)
+        found[f"gap of bfloat16 sampling, {mode}, and float32: mean"] = (exact - its_logp).abs().mean().item()
     for share_prompt in (True, False):
         with torch.autocast(args.device, torch.bfloat16):
             logp, _ = grpo.token_logprobs(
@@ -224,16 +238,20 @@ def numerics(args: Args) -> dict[str, float | bool]:
 def main(args: Args) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("no CUDA device; --device cpu --reduced runs everywhere")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as join_world leaves a GPU
     if args.reduced:
         args.size, args.batch_sizes, args.compile_batch_sizes = "toy", (8, 4), (8,)
         args.prompt_tokens, args.new_tokens, args.repeats = 8, 12, 3
-    rows, found = speed(args), numerics(args)
-    drawn = sampling(args)
+    rows = speed(args)
+    found = numerics(args) if args.checks else {}
     for name, value in found.items():
         print(json.dumps({"check": name, "value": value if isinstance(value, bool) else float(f"{value:.3g}")}))
+    drawn = sampling(args) if args.checks else []
     wrong = [name for name, value in found.items() if value is False]
     wrong += [name for name, value in found.items() if "share of completions" in name and value < 0.95]
-    wrong += [name for name, value in found.items() if "rows: mean" in name and value > 0.05]
+    # two roundings of one model, each about as far from float32 as the other: nearer to each other than twice that
+    exact = found.get("gap of bfloat16 sampling, graph, and float32: mean", 0.0)
+    wrong += [name for name, value in found.items() if "rows: mean" in name and value > 2 * exact]
     wrong += [f"sampling {row['sampling']}" for row in drawn if row["equal_to_eager"] < 0.95]
     if args.device == "cuda":
         wrong += [f"{row['decode']} at B = {row['B']} fell back" for row in rows if row["fallbacks"]]

@@ -38,6 +38,7 @@ class Args:
     batch_sizes: tuple[int, ...] = (1, 8, 32)  # samples of a training step
     compiled_batch_sizes: tuple[int, ...] = (32,)
     """those that are timed compiled as well: at full size each takes a minute or two to compile"""
+    compiled: bool = True  # sample with a compiled and with a graphed head too, and train the compiled one
     cameras: int = 2  # camera views; a prompt has 256 tokens for each and 45 more
     steps: int = 10  # timed steps of each row, after three that are not
 
@@ -198,6 +199,8 @@ def main(flags: Args) -> None:
     sampling(model, "eager", flags, args, device)
     training(model, flags.batch_sizes, False, flags, args, device)
     head = model.action_head
+    if not flags.compiled:
+        return
     for mode in ("default", "reduce-overhead") if device.type == "cuda" else ("default",):  # the latter: CUDA graphs
         model.compile_head(None if mode == "default" else mode)
         sampling(model, f"compiled, {mode}", flags, args, device)

@@ -33,10 +33,11 @@ OBS_DIM, ACTION_DIM = 37, 4  # FetchPush, --observation-mode delta
 class Args:
     device: str = "cuda"  # cuda or cpu
     reduced: bool = False  # 64 environments, one epoch, widths 64 and 256, one compiled row
-    widths: tuple[int, ...] = (256, 1024)  # of the hidden layers
+    widths: tuple[int, ...] = (1024, 4096, 8192)  # of the hidden layers
     amp: tuple[str, ...] = ("off", "bf16", "fp16")  # precisions
-    num_envs: int = 1024  # environments; a batch has 25 steps of each, a minibatch an eighth of that
+    num_envs: int = 8192  # environments; a batch has 25 steps of each, a minibatch an eighth of that
     compiled: bool = True  # time --compile too, but for fp16
+    epochs: int | None = None  # passes over the batch in an update; default: the script's
     rounds: int = 3  # updates that are timed, after one that is not
 
 
@@ -60,7 +61,7 @@ def measure(width: int, amp: str, compiled: bool, flags: Args, world: World) -> 
     device = world.device
     args = p.resolve(p.Args(env_id="FetchPush-v4", hidden=width, amp=amp, num_envs=flags.num_envs, target_kl=0.0))
     args = replace(args, compile=compiled)
-    args = replace(args, update_epochs=1 if flags.reduced else args.update_epochs)
+    args = replace(args, update_epochs=1 if flags.reduced else flags.epochs or args.update_epochs)
     torch.manual_seed(0)
     agent = p.Agent(OBS_DIM, gym.spaces.Box(-1, 1, (ACTION_DIM,)), args).to(device)
     if compiled:

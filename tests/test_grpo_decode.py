@@ -264,4 +264,4 @@ def test_the_decode_benchmark_knows_its_sizes_and_its_numerics_hold():
     assert found["graph: share of completions equal to eager's, float32"] == 1.0
     assert all(value for value in found.values() if isinstance(value, bool))
     gaps = [value for name, value in found.items() if "gap" in name]
-    assert len(gaps) == 5 and all(0 < gap < 0.05 for gap in gaps)
+    assert len(gaps) == 7 and all(0 < gap < 0.05 for gap in gaps)

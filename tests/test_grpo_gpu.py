@@ -43,7 +43,7 @@ def test_bfloat16_sampling_and_training_stay_close(share_prompt):
     assert ((logprobs - sampled).abs() * mask).sum() / mask.sum() < 0.05
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, True], ids=["graphed", "compiled"])
 def test_captured_steps_sample_the_tokens_of_the_eager_loop_also_after_a_refresh(compiled):
     """Batches that shrink, weights that change in place: every step a replay, none a fallback."""
     torch.set_float32_matmul_precision("highest")
@@ -63,7 +63,9 @@ def test_captured_steps_sample_the_tokens_of_the_eager_loop_also_after_a_refresh
     assert decoder.fallbacks == 0 and len(decoder.graphs) == graphs > 1, "graphs are captured once"
 
 
-@pytest.mark.parametrize("options", [{}, {"compile": True, "gradient_checkpointing": True, "num_iterations": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"compile": True, "gradient_checkpointing": True, "num_iterations": 2}], ids=["eager", "compiled"]
+)
 def test_a_run_on_the_gpu_captures_every_decode_step(run, options):  # noqa: F811
     code, folder = run(epochs=2, device="cuda", decode="graph", rewards=("rich",), **options)
     logged = [row for row in rows(folder) if "train/reward" in row]
