@@ -194,10 +194,10 @@ def test_a_completion_does_not_depend_on_its_batch_but_on_its_sample_id():
 
 
 def test_noise_is_uniform_and_keyed_by_seed_sample_and_position():
-    noise = sampling_noise(3, 42, range(4000), 8)
-    assert torch.equal(noise[100:110], sampling_noise(3, 42, range(100, 110), 8))
-    assert torch.equal(noise[:, :3], sampling_noise(3, 42, range(4000), 3))
-    assert not torch.equal(noise, sampling_noise(4, 42, range(4000), 8))
+    noise = sampling_noise(42, range(4000), 8)
+    assert torch.equal(noise[100:110], sampling_noise(42, range(100, 110), 8))
+    assert torch.equal(noise[:, :3], sampling_noise(42, range(4000), 3))
+    assert not torch.equal(noise, sampling_noise(43, range(4000), 8))
     assert 0 <= noise.min() and noise.max() < 1
     counts = np.histogram(noise.numpy(), bins=20, range=(0, 1))[0]
     assert ((counts - 1600) ** 2 / 1600).sum() < 45.3  # chi-square with 19 degrees of freedom, p = 0.0006
