@@ -382,17 +382,16 @@ def sample_chain(agent, look: dict, noise: torch.Tensor, first: torch.Tensor, ma
     """
     _, M = noisy_steps(args)
     x, logprobs = noise[:, 0].contiguous(), torch.zeros(len(noise), device=noise.device)
-    chain = torch.zeros(len(x), M + 1, *x.shape[1:], device=x.device)
+    points = [x]
     for k in range(args.denoising_steps):
         noisy = (first <= k) & (k < first + M)
         mean, std = step_distribution(agent, look, x, torch.full_like(first, k), noisy, args)
-        x_next = mean + std * noise[:, k + 1]
-        for m in range(M + 1):
-            here, point = (first + m == k, x) if m < M else (first + M - 1 == k, x_next)
-            chain[:, m] = torch.where(here[:, None, None], point, chain[:, m])
+        x = mean + std * noise[:, k + 1]
+        points.append(x)
         std = torch.where(noisy[:, None, None], std, 1.0)
-        logprobs += (log_density(x_next, mean, std) * mask).sum((1, 2)) * noisy
-        x = x_next
+        logprobs += (log_density(x, mean, std) * mask).sum((1, 2)) * noisy
+    rows, visited = torch.arange(len(x), device=x.device), torch.arange(M + 1, device=x.device)
+    chain = torch.stack(points, dim=1)[rows[:, None], first[:, None] + visited]
     return x, chain, logprobs
 
 
