@@ -97,6 +97,7 @@ class Args(SimArgs):
 
 
 SUCCESS_REWARD, SHAPING, SHAPING_GAMMA = 0.1, 5.0, 1.0  # c, k and g of the shaped reward: see `reward_of`
+
 # What differs by task where a flag is not given. "other": whatever is not Fetch, near cleanRL's settings.
 SMALL = dict(num_minibatches=4, target_kl=0.03, hidden=64)
 LARGE = dict(num_minibatches=8, target_kl=0.05, hidden=256, num_envs=64, learning_rate=5e-4, gamma=0.95)

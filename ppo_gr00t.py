@@ -121,6 +121,7 @@ class Args(GR00TArgs, SimArgs):
 
 
 SUCCESS_REWARD, SHAPING, SHAPING_GAMMA = 0.1, 5.0, 1.0  # c, k and g of the shaped reward: see `reward_of`
+
 # What differs by task where a flag is not given.
 SMALL = dict(num_minibatches=2, num_steps=5, noise_level=0.8, final_noise_level=0.3, gamma=0.9)
 LARGE = dict(num_minibatches=4, num_steps=10, noise_level=0.6, final_noise_level=0.25, gamma=0.95)
@@ -781,9 +782,11 @@ def fine_tune_start(args: Args, run: Run) -> Args:
 
 def load_agent(args: Args, interface: Interface, run: Run) -> tuple[Agent, FetchRobot, dict]:
     """Policy and critic, the robot, and LoRA's adapters; with --resume as they were saved."""
-    device, attention, frozen = run.world.device, args.attn_implementation, not (args.tune_llm or args.tune_visual)
+    device, frozen = run.world.device, not (args.tune_llm or args.tune_visual)
     dtype = torch.bfloat16 if args.amp == "bf16" and frozen and interface.config.video else torch.float32
-    model = GR00T.from_pretrained(args.model_path, device=device, attn_implementation=attention, backbone_dtype=dtype)
+    model = GR00T.from_pretrained(
+        args.model_path, device=device, attn_implementation=args.attn_implementation, backbone_dtype=dtype
+    )
     robot = FetchRobot(interface, args.env_id)
     interface.prepare(model.config, model_tokenizer(model.config, args.tokenizer), [robot.instruction])
     adapters = trained_parts(model, args)
@@ -870,9 +873,9 @@ def train(run: Run, args: Args, interface: Interface) -> None:
                 # eq: lr_i = lr (1 - i / I),  i = 0 ... I - 1
                 group["lr"] = rate * (1 - step / iterations) if args.anneal_lr else rate
             batch |= {"advantages": advantages, "returns": returns}
-            loss_of, order = partial(minibatch_loss, cache=cache), torch_stream(args.seed, "order", step)
-            metrics = {"optimizer_steps": 0}
+            order, metrics = torch_stream(args.seed, "order", step), {"optimizer_steps": 0}
             if step >= args.critic_warmup:
+                loss_of = partial(minibatch_loss, cache=cache)
                 metrics = update(agent, loss_of, optimizer, scaler, batch, now, order, world)
             metrics |= fit_critic(agent, optimizer, batch, args, order, world)
 
