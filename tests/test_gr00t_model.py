@@ -655,19 +655,6 @@ def test_a_model_that_is_not_there_ends_in_one_line(path, capsys):
     assert "the bundled tiny model" in line or "is not a folder" in line
 
 
-def test_another_horizon_keeps_every_weight(sound_folder, tmp_path, capsys):
-    loaded = GR00T.from_pretrained(sound_folder, action_horizon=24)
-    plain = GR00T.from_pretrained(sound_folder)
-    assert loaded.state_dict().keys() == plain.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), plain.state_dict().values()))
-    loaded.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["action_horizon"] == saved["action_head_cfg"]["action_horizon"] == 24
-    with pytest.raises(SystemExit):
-        GR00T.from_pretrained(sound_folder, action_horizon=65)
-    assert "more than the 64 positions" in capsys.readouterr().err
-
-
 def test_loading_and_saving_draw_no_random_numbers(sound_folder, tmp_path):
     """Or a run that saves more often would train differently."""
     before = torch.get_rng_state()

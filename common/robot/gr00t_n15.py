@@ -19,15 +19,10 @@ A batch is a dict of tensors; an optional key is in brackets:
     [backbone_features, backbone_attention_mask]      outputs of an earlier `model.backbone(batch)`; it is then not run
 
 What the scripts call; loss and sampler are theirs:
-    features, mask = model.backbone(batch)            (B, S, vl_width), (B, S) bool     frozen in most runs: cache it
-    features = model.process_backbone(features, mask) (B, S, vl_width)                  VL LayerNorm + self-attention
-    features, mask = model.vl_features(batch)         both of the above
+    features, mask = model.vl_features(batch)         (B, S, vl_width), (B, S) bool: `backbone`, then `process_backbone`
     v_pred = model.velocity(features, mask, state, x_t, t, embodiment_id)   (B, H, D);  t (B,) float: 0 noise, 1 data
     model.set_trainable(tune_llm=, tune_visual=, tune_projector=, tune_diffusion_model=);  model.train() respects it
-    model.gradient_checkpointing(True);  model.dtype (the action head's);  model.device;  model.config
     GR00T(config), GR00T.from_pretrained(folder or hub id), model.save_pretrained(folder)
-    config: GR00TConfig() is the published size, GR00TConfig.tiny() has every part at toy width, GR00TConfig.lite() the
-    same head behind a table of instruction tokens; dataclasses.replace changes a field.
 
 Where the original is matched although one might not: pad tokens are attended to by the VL self-attention and the DiT
 (`mask_padding=True` in the config masks them), and weights sit on disk that nothing uses (`lm_head`, the SigLIP
@@ -38,19 +33,22 @@ import copy
 import dataclasses
 import json
 import math
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config, Qwen3Model, SiglipVisionConfig, SiglipVisionModel
+from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 from transformers.utils import is_flash_attn_2_available
 
 from common.cli import fail
+from common.robot.files import find_folder, read_json
 
 EMBODIMENTS = {"new_embodiment": 31, "gr1": 24, "oxe_droid": 17, "agibot_genie1": 26}  # tag -> row; 28 more are unnamed
 
@@ -308,23 +306,14 @@ class Attention(nn.Module):
         return self.to_out(y.transpose(1, 2).flatten(2)).view(shape)
 
 
-class GELULinear(nn.Module):
-    def __init__(self, width: int, inner: int):
-        super().__init__()
-        self.proj = nn.Linear(width, inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+def named(**layers: nn.Module) -> nn.Sequential:
+    """Layers one after the other, under the names that the checkpoint gives them."""
+    return nn.Sequential(OrderedDict(layers))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, width: int, dropout: float):
-        super().__init__()
-        layers = [GELULinear(width, 4 * width), nn.Dropout(dropout), nn.Linear(4 * width, width), nn.Dropout(dropout)]
-        self.net = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+def feed_forward(width: int, dropout: float) -> nn.Sequential:
+    widen = named(proj=nn.Linear(width, 4 * width), gelu=nn.GELU("tanh"))
+    return named(net=nn.Sequential(widen, nn.Dropout(dropout), nn.Linear(4 * width, width), nn.Dropout(dropout)))
 
 
 class AdaLayerNorm(nn.Module):
@@ -348,7 +337,7 @@ class Block(nn.Module):
         self.norm1 = AdaLayerNorm(width) if adaptive else nn.LayerNorm(width, eps=1e-5)
         self.attn1 = Attention(width, context_width, heads, dropout)
         self.norm3 = nn.LayerNorm(width, eps=1e-5, elementwise_affine=not adaptive)
-        self.ff = FeedForward(width, dropout)
+        self.ff = feed_forward(width, dropout)
         self.final_dropout = nn.Dropout(dropout)  # a second one on top of the attention's own, as in the original
 
     def forward(self, x: Tensor, context: Tensor | None, temb: Tensor | None, key_mask: Tensor | None) -> Tensor:
@@ -392,18 +381,6 @@ def cos_sin(bucket: Tensor, half: int, divisor: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-class TimestepEmbedder(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(256, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, bucket: Tensor) -> Tensor:
-        cos, sin = cos_sin(bucket, 128, 127)
-        features = torch.cat([cos, sin], dim=-1).to(self.linear_1.weight.dtype)  # (B, 256)
-        return self.linear_2(F.silu(self.linear_1(features)))  # (B, width)
-
-
 class DiT(BlockStack):
     """Even blocks: cross-attention to the VL features. Odd blocks: self-attention among the state and action tokens."""
 
@@ -411,12 +388,15 @@ class DiT(BlockStack):
         width = config.width
         contexts = [width if i % 2 else config.vl_width for i in range(config.dit_layers)]
         super().__init__([Block(width, context, config.dit_heads, config.dropout, True) for context in contexts])
-        self.timestep_encoder = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(width)})
+        embedder = named(linear_1=nn.Linear(256, width), silu=nn.SiLU(), linear_2=nn.Linear(width, width))
+        self.timestep_encoder = named(timestep_embedder=embedder)
         self.proj_out_1 = nn.Linear(width, 2 * width)
         self.proj_out_2 = nn.Linear(width, config.hidden_size)
 
     def forward(self, x: Tensor, features: Tensor, bucket: Tensor, key_mask: Tensor | None) -> Tensor:
-        temb = self.timestep_encoder["timestep_embedder"](bucket)  # (B, width), the same for all blocks
+        cos, sin = cos_sin(bucket, 128, 127)
+        temb = torch.cat([cos, sin], dim=-1).to(self.proj_out_1.weight.dtype)  # (B, 256)
+        temb = self.timestep_encoder(temb)  # (B, width), the same for all blocks
         for i, block in enumerate(self.transformer_blocks):
             context, mask = (None, None) if i % 2 else (features, key_mask)
             x = self.run(block, x, context, temb, mask)  # (B, 1 + F + H, width)
@@ -541,9 +521,8 @@ class GR00T(nn.Module):
     def __init__(self, config: GR00TConfig, attn_implementation: str = "sdpa"):
         super().__init__()
         self.config = config
-        self.backbone = (
-            InstructionTable(config) if config.instruction_vocab else EagleBackbone(config, attn_implementation)
-        )
+        lite = config.instruction_vocab > 0
+        self.backbone = InstructionTable(config) if lite else EagleBackbone(config, attn_implementation)
         self.action_head = ActionHead(config)
         self.checkpointed = False
         self.carried: dict[str, Tensor] = {}  # stored tensors that nothing computes with, on the CPU
@@ -577,24 +556,13 @@ class GR00T(nn.Module):
 
     # -- what trains
 
-    def set_trainable(
-        self,
-        tune_llm: bool = False,
-        tune_visual: bool = False,
-        tune_projector: bool = True,
-        tune_diffusion_model: bool = True,
-    ) -> None:
+    def set_trainable(self, tune_llm=False, tune_visual=False, tune_projector=True, tune_diffusion_model=True) -> None:
         """Freezes and unfreezes. vlln, VL self-attention and future tokens train under all flags, as in the original.
 
         "Projector" means the embodiment layers and the position table; the lite model's table follows `tune_llm`.
         """
-        self.flags = dict(
-            tune_llm=tune_llm,
-            tune_visual=tune_visual,
-            tune_projector=tune_projector,
-            tune_diffusion_model=tune_diffusion_model,
-            always=True,
-        )
+        flags = (tune_llm, tune_visual, tune_projector, tune_diffusion_model)
+        self.flags = dict(zip(GROUPS, flags)) | {"always": True}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.flags[group_of(name)])
         self.train(self.training)
@@ -628,9 +596,7 @@ class GR00T(nn.Module):
         "reduce-overhead" replays CUDA graphs; their outputs must be used up before the next call, as a sampler does.
         """
         head = self.action_head
-        head.process_backbone = torch.compile(
-            head.process_backbone
-        )  # its output is read in all K calls: never a graph's
+        head.process_backbone = torch.compile(head.process_backbone)  # read in all K calls: never a graph's output
         head.velocity = torch.compile(head.velocity, mode=mode)
 
     def units(self) -> list[nn.Module]:
@@ -648,23 +614,11 @@ class GR00T(nn.Module):
         """Names and shapes of the tensors that a checkpoint holds but no output depends on."""
         if self.config.instruction_vocab:
             return {}
-        vision, text = self.config.eagle["vision_config"], self.config.eagle["text_config"]
-        w, inner = vision["hidden_size"], vision["intermediate_size"]
-        pooling = {
-            "probe": (1, 1, w),
-            "attention.in_proj_weight": (3 * w, w),
-            "attention.in_proj_bias": (3 * w,),
-            "attention.out_proj.weight": (w, w),
-            "attention.out_proj.bias": (w,),
-            "layernorm.weight": (w,),
-            "layernorm.bias": (w,),
-            "mlp.fc1.weight": (inner, w),
-            "mlp.fc1.bias": (inner,),
-            "mlp.fc2.weight": (w, inner),
-            "mlp.fc2.bias": (w,),
-        }
-        shapes = {f"backbone.eagle_model.vision_model.vision_model.head.{k}": v for k, v in pooling.items()}
-        return shapes | {LM_HEAD: (text["vocab_size"], text["hidden_size"])}
+        with torch.device("meta"):
+            pooling = SiglipMultiheadAttentionPoolingHead(self.backbone.vision.config)
+        prefix = "backbone.eagle_model.vision_model.vision_model.head"
+        shapes = {f"{prefix}.{name}": tuple(p.shape) for name, p in pooling.named_parameters()}
+        return shapes | {LM_HEAD: tuple(self.backbone.text.embed_tokens.weight.shape)}
 
     def layout(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all tensors of a checkpoint."""
@@ -676,8 +630,7 @@ class GR00T(nn.Module):
         """A random model of toy width whose state and positions can be heard: the published scales suit wide rows."""
         model = cls(config, attn_implementation)
         for name, parameter in model.named_parameters():
-            # 0.02 suits rows of 2,500 numbers
-            if name.endswith(".W"):
+            if name.endswith(".W"):  # 0.02 suits rows of 2,500 numbers
                 parameter.mul_(1 / (0.02 * math.sqrt(parameter.shape[1])))
             elif name.endswith(("position_embedding.weight", "future_tokens.weight")):
                 parameter.mul_(0.5 / 0.02)
@@ -691,22 +644,19 @@ class GR00T(nn.Module):
         device: str | torch.device = "cpu",
         backbone_dtype: torch.dtype | None = None,
         head_dtype: torch.dtype | None = torch.float32,
-        action_horizon: int | None = None,
         mask_padding: bool | None = None,
         attn_implementation: str = "sdpa",
     ) -> "GR00T":
         """Loads a folder or a hub repository, in evaluation mode and with the default tune flags.
 
-        A dtype of None keeps the file's. The published file is bfloat16, whose head training wants in float32.
+        None keeps the file's dtype and padding. The published file is bfloat16, whose head training wants in float32.
         Anything missing, left over or of another shape ends in one line that names it, and exit code 2.
         """
-        folder = resolve(path)
-        config = GR00TConfig.from_json(read_json(folder / "config.json"), read_json(folder / "eagle_config.json", True))
-        config = dataclasses.replace(config, action_horizon=action_horizon or config.action_horizon)
+        folder = find_folder(path, "model", ELSE, FILES)
+        config = read_json(folder / "config.json", HINT)
+        config = GR00TConfig.from_json(config, read_json(folder / "eagle_config.json", HINT, optional=True))
         if mask_padding is not None:
             config = dataclasses.replace(config, mask_padding=mask_padding)
-        if config.action_horizon > config.max_seq_len:
-            fail(f"an action horizon of {config.action_horizon} needs more than the {config.max_seq_len} positions")
         with torch.device("meta"):  # no memory, no initialisation
             model = cls(config, attn_implementation)
         sources = find_tensors(folder, model.layout())
@@ -736,7 +686,7 @@ class GR00T(nn.Module):
         state = dict(self.state_dict() if state is None else state)
         for name, shape in self.carried_shapes().items():
             if name in self.carried:
-                state[name] = self.carried[name]
+                state[name] = self.carried[name].clone()  # it may be a view of a file that is about to be replaced
             elif name == LM_HEAD:  # a fresh model: what a language model with tied embeddings would have
                 state[name] = state[EMBED].clone()
             else:
@@ -746,34 +696,13 @@ class GR00T(nn.Module):
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if wrong := sorted({name for name, _ in layout.items() ^ shapes.items()}):
             raise ValueError(f"not the tensors of a GR00T checkpoint: {', '.join(wrong)}")
-        config = self.config.to_json() | {"torch_dtype": str(next(self.parameters()).dtype).removeprefix("torch.")}
-        write_json(folder / "config.json", config)
+        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
+        files = {"config.json": self.config.to_json() | dict(torch_dtype=dtype)}
         if not self.config.instruction_vocab and self.config.eagle != EAGLE:
-            write_json(folder / "eagle_config.json", self.config.eagle)
-        shards, room = [[]], max_shard_bytes
-        for name in sorted(state):
-            size = state[name].numel() * state[name].element_size()
-            if size > room and shards[-1]:
-                shards.append([])
-                room = max_shard_bytes
-            shards[-1].append(name)
-            room -= size
-        files = ["model.safetensors"]
-        if len(shards) > 1:
-            files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        for file, names in zip(files, shards):
-            # renamed when complete: the tensors may be views of the very file that is being replaced
-            temporary = folder / f".tmp-{file}"
-            save_file({n: state[n].cpu().contiguous() for n in names}, temporary, metadata={"format": "pt"})
-            temporary.replace(folder / file)
-        for old in {*folder.glob("model*.safetensors")} - {folder / file for file in files}:
-            old.unlink()
-        index = folder / "model.safetensors.index.json"
-        index.unlink(missing_ok=True)
-        if len(shards) > 1:
-            total = sum(t.numel() * t.element_size() for t in state.values())
-            weight_map = {name: file for file, names in zip(files, shards) for name in names}
-            write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            files["eagle_config.json"] = self.config.eagle
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        save_torch_state_dict(dict(sorted(state.items())), folder, max_shard_size=max_shard_bytes)
 
 
 # ---- checkpoint files ------------------------------------------------------------------------------------------------
@@ -782,54 +711,22 @@ EMBED = "backbone.eagle_model.language_model.model.embed_tokens.weight"
 LM_HEAD = "backbone.eagle_model.language_model.lm_head.weight"
 FUTURE = "action_head.future_tokens.weight"
 FLOATS = {"F64", "F32", "F16", "BF16"}
-
-
-def resolve(path: str | Path) -> Path:
-    """The folder of a checkpoint: itself, or the local copy of a hub repository, downloaded when there is none."""
-    if Path(path).is_dir():
-        return Path(path)
-    if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        fail(f"'{path}' is not a folder; give a checkpoint folder or a hub id such as nvidia/GR00T-N1.5-3B")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # offline, no such repository, no access: all mean that there is no model
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fail(f"'{path}' is no folder here and could not be downloaded ({reason}); the bundled tiny model needs neither")
-
-
-def read_json(path: Path, optional: bool = False) -> dict | None:
-    if optional and not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        fail(f"'{path}' cannot be read ({error}); a checkpoint folder has config.json and model*.safetensors")
-    if not isinstance(found, dict):
-        fail(f"'{path}' is not a JSON object; a checkpoint folder has config.json and model*.safetensors")
-    return found
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+FILES = ["*.json", "*.safetensors"]  # to download
+HINT = "a checkpoint folder has config.json and model*.safetensors"
+ELSE = "give a checkpoint folder or a hub id such as nvidia/GR00T-N1.5-3B; the bundled tiny model needs neither"
 
 
 def find_tensors(folder: Path, layout: dict[str, tuple[int, ...]]) -> dict[str, tuple[safe_open, str]]:
     """Where each tensor of `layout` is: (open file, its name there). Reads headers only, reports all faults at once."""
-    index = folder / "model.safetensors.index.json"
+    index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
-        files = sorted(set((read_json(index).get("weight_map") or {}).values()))
+        files = sorted(set(read_json(index, HINT).get("weight_map", {}).values()))
         if absent := [file for file in files if not (folder / file).exists()]:
             fail(f"'{folder}' lacks {', '.join(absent)}, which {index.name} lists: the download is incomplete")
-    else:
-        files = ["model.safetensors"]
-        if not (folder / files[0]).exists():
-            adapter = (folder / "adapter_config.json").exists()
-            hint = (
-                "it holds a LoRA adapter alone, merge it into its base model first" if adapter else "no weights there"
-            )
-            fail(f"'{folder}' has neither model.safetensors nor model.safetensors.index.json: {hint}")
+    elif not (folder / files[0]).exists():
+        adapter = (folder / "adapter_config.json").exists()
+        reason = "it holds a LoRA adapter alone, merge it into its base model first" if adapter else "no weights there"
+        fail(f"'{folder}' has neither model.safetensors nor {index.name}: {reason}")
     found, shapes, dtypes = {}, {}, {}
     for file in files:
         try:
@@ -840,17 +737,16 @@ def find_tensors(folder: Path, layout: dict[str, tuple[int, ...]]) -> dict[str, 
                 found[name], shapes[name], dtypes[name] = (handle, key), tuple(view.get_shape()), view.get_dtype()
         except (OSError, SafetensorError) as error:
             fail(f"'{folder / file}' cannot be read ({error}): truncated or no safetensors file; fetch it again")
-    for name, twin in (
-        (LM_HEAD, EMBED),
-        (EMBED, LM_HEAD),
-    ):  # tied when the file was written: either one may be left out
-        if name in layout and name not in found and twin in found:
+    for name, twin in ((LM_HEAD, EMBED), (EMBED, LM_HEAD)):
+        if name in layout and name not in found and twin in found:  # tied when it was written: either may be left out
             found[name], shapes[name], dtypes[name] = found[twin], shapes[twin], dtypes[twin]
-    faults = [f"missing: {', '.join(names)}"] if (names := [n for n in layout if n not in found]) else []
-    if FUTURE in names:
+    faults = []
+    if missing := [name for name in layout if name not in found]:
+        faults.append(f"missing: {', '.join(missing)}")
+    if FUTURE in missing:
         faults.append(f"{FUTURE} was absent from the first release of N1.5, so this copy may be stale")
-    if names := [n for n in found if n not in layout]:
-        faults.append(f"unexpected: {', '.join(names)}")
+    if unexpected := [name for name in found if name not in layout]:
+        faults.append(f"unexpected: {', '.join(unexpected)}")
     for name in layout:
         if name in found and shapes[name] != layout[name]:
             faults.append(f"{name} is {shapes[name]}, not {layout[name]}")

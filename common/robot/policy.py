@@ -25,7 +25,8 @@ from common.checkpoint import find_checkpoint
 from common.cli import fail
 from common.parallel import gathered
 from common.robot.data_configs import DataConfig
-from common.robot.gr00t_n15 import GR00T, GR00TConfig, read_json, resolve
+from common.robot.files import ROOT, find_folder, read_json
+from common.robot.gr00t_n15 import ELSE, FILES, GR00T, HINT, GR00TConfig
 from common.robot.lora import LoRALinear, adapter_tensors, add_lora, merged
 from common.robot.transforms import (
     ACTION_DIM,
@@ -40,7 +41,6 @@ from common.robot.transforms import (
     transform_images,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 STATISTICS = {"min", "max", "mean", "std", "q01", "q99"}
 
 
@@ -106,18 +106,18 @@ def model_folder(path: str) -> Path:
     """The folder that --model-path means: a run's best checkpoint (or its last), a folder itself, a hub id's copy."""
     if (Path(path) / "checkpoints").is_dir():
         return find_checkpoint(path, best=True)
-    return resolve(path)
+    return find_folder(path, "model", ELSE, FILES)
 
 
 def read_stored(path: str) -> Stored:
     """Reads trainer.json, experiment_cfg/metadata.json and config.json; the first two may be absent."""
     folder = model_folder(path)
-    config = read_json(folder / "config.json", optional=True) or {}
+    config = read_json(folder / "config.json", HINT, optional=True)
     return Stored(
         source=path,
         folder=folder,
-        args=(read_json(folder / "trainer.json", optional=True) or {}).get("args", {}),
-        metadata=read_json(folder / "experiment_cfg" / "metadata.json", optional=True) or {},
+        args=read_json(folder / "trainer.json", HINT, optional=True).get("args", {}),
+        metadata=read_json(folder / "experiment_cfg" / "metadata.json", HINT, optional=True),
         sees=not config.get("backbone_cfg", {}).get("instruction_vocab"),
     )
 

@@ -1,0 +1,53 @@
+"""Folders of models and data sets: where they are, and the JSON in them. What cannot be read ends in one line."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from common.cli import fail
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def find_folder(name: str | Path, kind: str, hint: str, patterns: list[str] | None = None) -> Path:
+    """A folder, here or in the repository, or the local copy of a hub id, downloaded where there is none.
+
+    name: a path, user/name or user/name@revision. kind: "model" or "dataset". hint: what would work instead.
+    patterns: of the files to download; default: all.
+    """
+    for folder in (Path(name), ROOT / name):
+        if folder.is_dir():
+            return folder.resolve()
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", str(name)):
+        fail(f"'{name}' is not a folder; {hint}")
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = str(name).partition("@")
+    try:
+        return Path(snapshot_download(repository, repo_type=kind, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # offline, no such repository or revision, no permission
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        fail(f"'{name}' is no folder here and could not be downloaded ({reason}); {hint}")
+
+
+def read(path: Path, parse: Callable[[str], object], hint: str):
+    try:
+        return parse(path.read_text())
+    except (OSError, ValueError) as error:
+        fail(f"'{path}' cannot be read ({error}): missing, or not JSON; {hint}")
+
+
+def read_json(path: Path, hint: str, optional: bool = False) -> dict:
+    """The object in a JSON file; with `optional` {} where there is no such file. hint: what should be there."""
+    if optional and not path.exists():
+        return {}
+    found = read(path, json.loads, hint)
+    if not isinstance(found, dict):
+        fail(f"'{path}' is not a JSON object; {hint}")
+    return found
+
+
+def read_lines(path: Path, hint: str) -> list[dict]:
+    """The objects in a JSON-lines file."""
+    return read(path, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()], hint)
