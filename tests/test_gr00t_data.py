@@ -200,8 +200,8 @@ def test_parity_of_statistics_and_metadata_with_the_reference(demo):
     reference = json.loads((PARITY.parent / "full_small/experiment_cfg/metadata.json").read_text())["gr1"]
     assert data.metadata | {"embodiment_tag": "gr1"} == reference
     vectors = {name: episodes.columns[name] for name in ("observation.state", "action")}
-    for name, stats in lerobot.read_statistics(DEMO, vectors, compute=True).items():
-        for key, value in stats.items():
+    for name, rows in vectors.items():
+        for key, value in lerobot.column_statistics(rows).items():
             assert np.abs(value - episodes.statistics[name][key]).max() < 1e-13
 
 
@@ -302,7 +302,8 @@ def test_statistics_of_a_mixture_are_those_of_its_rows(folder, tmp_path):
 def test_bundled_demonstrations_carry_the_statistics_of_their_rows():
     episodes = lerobot.read_episodes(ROOT / "assets/fetch_demos", "human.task_description")
     vectors = {name: episodes.columns[name] for name in ("observation.state", "action")}
-    for name, stats in lerobot.read_statistics(episodes.path, vectors, compute=True).items():
+    for name, rows in vectors.items():
+        stats = lerobot.column_statistics(rows)
         for key, value in stats.items():
             assert np.abs(value - episodes.statistics[name][key]).max() < 1e-5, (name, key)
     check_keys(DATA_CONFIGS["fetch"], episodes.modality, "fetch_demos", "fetch")

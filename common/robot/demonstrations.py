@@ -2,14 +2,14 @@
 statistics of the mixture, and the frames, from caches that are read through memory maps.
 
     sets = read_mixture(folders, config, "so100")
-    metadata = make_metadata(sets, config, weights, tag)            what metadata.json says of an embodiment
-    data = Demonstrations(sets, config, metadata, embodiment)
+    data = Demonstrations(sets, config, make_metadata(sets, config, weights, tag), embodiment)
     data.open_frames(episodes, cache_dir, side)
     batch = data.batch(rows)
 
 Dims: N rows in all, B of a batch, V cameras, H = 16 action steps.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,12 @@ from torch.utils.data import DataLoader, Dataset
 from common.cli import fail
 from common.parallel import World
 from common.robot.data_configs import DataConfig, check_keys
-from common.robot.lerobot import Episodes, cache_frames, read_episodes
+from common.robot.lerobot import COLUMNS, STATISTICS, Episodes, cache_frames, read_episodes
 from common.robot.policy import Interface
 from common.robot.transforms import ACTION_DIM, HORIZON, encode, pad, statistics_of, transform_images
 
 NO_INSTRUCTION = "Perform the default behavior."
-
+PROGRESS = "task_progress"  # an action that is not recorded: how far the episode is, 0 to 1
 
 # ---- data sets and their statistics ----------------------------------------------------------------------------------
 
@@ -39,11 +39,11 @@ def read_mixture(folders: list[Path], config: DataConfig, name: str, say=print) 
         check_keys(config, episodes.modality, str(episodes.path), name)
         if not episodes.modality["language"]:
             say(f"{episodes.path.name} has no annotations: every instruction is '{NO_INSTRUCTION}'")
-        for kind in ("state", "action"):
+        for kind in COLUMNS:
             for key in getattr(config, kind):
-                if key in sets[0].modality[kind]:
-                    if meaning(sets[0].modality[kind][key]) != meaning(episodes.modality[kind][key]):
-                        fail(f"{kind}.{key} differs between {sets[0].path} and {episodes.path}")
+                first, this = (e.modality[kind].get(key) for e in (sets[0], episodes))
+                if first and meaning(first) != meaning(this):
+                    fail(f"{kind}.{key} differs between {sets[0].path} and {episodes.path}")
     return sets
 
 
@@ -57,27 +57,18 @@ def make_metadata(sets: list[Episodes], config: DataConfig, weights: np.ndarray,
     """The embodiment's entry of metadata.json: all keys of modality.json, statistics of sets drawn with `weights`."""
     statistics: dict = {"state": {}, "action": {}}
     modalities: dict = {"video": {}, "state": {}, "action": {}}
-    for kind in ("state", "action"):
+    for kind in COLUMNS:
         for key, entry in sets[0].modality[kind].items():
-            if not all(key in episodes.modality[kind] for episodes in sets):
-                continue  # no key of the config: those were checked
-            parts = []
-            for episodes in sets:
-                e = episodes.modality[kind][key]
-                stats = episodes.statistics[e["column"]]
-                parts.append({name: value[e["start"] : e["end"]] for name, value in stats.items()})
-            merged = merge_statistics(parts, weights)
-            names = ("max", "min", "mean", "std", "q01", "q99")
-            statistics[kind][key] = {name: merged[name].tolist() for name in names}
-            modalities[kind][key] = meaning(entry)
-    if "task_progress" in config.action:
-        progress = {"max": 1.0, "min": 0.0, "mean": 0.5, "std": 0.3, "q01": 0.0, "q99": 1.0}
-        statistics["action"]["task_progress"] = {name: [value] for name, value in progress.items()}
+            if all(key in episodes.modality[kind] for episodes in sets):  # keys of the config are: see check_keys
+                merged = merge_statistics([key_statistics(episodes, kind, key) for episodes in sets], weights)
+                statistics[kind][key] = {name: merged[name].tolist() for name in STATISTICS}
+                modalities[kind][key] = meaning(entry)
+    if PROGRESS in config.action:
         facts = {"absolute": True, "rotation_type": None, "continuous": True, "shape": [1]}
-        modalities["action"]["task_progress"] = facts
+        modalities["action"][PROGRESS] = facts
+        statistics["action"][PROGRESS] = dict(zip(STATISTICS, ([1.0], [0.0], [0.5], [0.3], [0.0], [1.0])))
     for key, column in sets[0].modality["video"].items():
-        feature = sets[0].info["features"].get(column)
-        if feature:
+        if feature := sets[0].info["features"].get(column):
             shape = dict(zip(feature.get("names") or ("height", "width", "channel"), feature["shape"]))
             about = feature.get("video_info") or feature.get("info") or {}
             modalities["video"][key] = {
@@ -88,30 +79,29 @@ def make_metadata(sets: list[Episodes], config: DataConfig, weights: np.ndarray,
     return {"statistics": statistics, "modalities": modalities, "embodiment_tag": tag}
 
 
+def key_statistics(episodes: Episodes, kind: str, key: str) -> dict[str, np.ndarray]:
+    """(width,) arrays: the key's part of its column's statistics."""
+    entry = episodes.modality[kind][key]
+    return {name: x[entry["start"] : entry["end"]] for name, x in episodes.statistics[entry["column"]].items()}
+
+
 def merge_statistics(parts: list[dict], weights: np.ndarray) -> dict:
     """Statistics of a mixture drawn with `weights` from those of its parts."""
     if len(parts) == 1:
         return parts[0]
-    mean = sum(w * p["mean"] for w, p in zip(weights, parts))
+    merged = {name: sum(w * p[name] for w, p in zip(weights, parts)) for name in ("mean", "q01", "q99")}
     # eq: E[x^2] = sum_k w_k (std_k^2 + mean_k^2)
     square = sum(w * (p["std"] ** 2 + p["mean"] ** 2) for w, p in zip(weights, parts))
-    return {
-        "max": np.max([p["max"] for p in parts], axis=0),
-        "min": np.min([p["min"] for p in parts], axis=0),
-        "mean": mean,
-        "std": np.sqrt(np.maximum(square - mean**2, 0)),
-        "q01": sum(w * p["q01"] for w, p in zip(weights, parts)),
-        "q99": sum(w * p["q99"] for w, p in zip(weights, parts)),
-    }
+    merged["std"] = np.sqrt(np.maximum(square - merged["mean"] ** 2, 0))
+    return merged | {name: pick([p[name] for p in parts], axis=0) for name, pick in (("max", np.max), ("min", np.min))}
 
 
 def raw_columns(episodes: Episodes, kind: str, config: DataConfig) -> dict[str, np.ndarray]:
     """(N, width) of each key of the config, as recorded."""
     raw = {}
     for key in getattr(config, kind):
-        if key == "task_progress":  # not recorded: how far the episode is
-            lengths = np.diff(episodes.starts)
-            raw[key] = np.concatenate([np.arange(n) / n for n in lengths])[:, None]
+        if key == PROGRESS:
+            raw[key] = np.concatenate([np.arange(n) / n for n in np.diff(episodes.starts)])[:, None]
         else:
             entry = episodes.modality[kind][key]
             raw[key] = episodes.columns[entry["column"]][:, entry["start"] : entry["end"]]
@@ -148,31 +138,34 @@ class Demonstrations:
         """metadata: statistics and description of every key of the config; embodiment: row of the embodiment layers."""
         self.sets, self.config, self.metadata = sets, config, metadata
         self.interface = Interface(config, metadata, embodiment)
-        self.videos: list[list[tuple]] = []  # of each set, of each camera: file, place of each row in it, open map
+        self.videos: list[
+            tuple[np.ndarray, list[Path]]
+        ] = []  # of each set: place of each row in its files, one a camera
         self.instructions: list[str] = []
         self.episodes: list[Episode] = []
-        state, action, raw_action, end, text, part = [], [], [], [], [], []
+        self.text = np.concatenate(
+            [self.number_instructions(episodes) for episodes in sets]
+        )  # (N,) instruction's number
         offset = 0
         for n, episodes in enumerate(sets):
-            raw = {kind: raw_columns(episodes, kind, config) for kind in ("state", "action")}
-            state.append(self.interface.state(raw["state"]))
-            action.append(encode("action", raw["action"], config, metadata))
-            raw_action.append(np.concatenate(list(raw["action"].values()), axis=-1))
-            end.append(np.repeat(episodes.starts[1:], np.diff(episodes.starts)) + offset)
-            text.append(self.number_instructions(episodes))
-            part.append(np.full(len(text[-1]), n))
-            bounds = (episodes.starts + offset).tolist()
-            numbered = zip(episodes.ids, bounds, bounds[1:])
-            self.episodes += [Episode(n, e, *number_start_end) for e, number_start_end in enumerate(numbered)]
-            offset = bounds[-1]
-        self.state = np.concatenate(state)  # (N, 64) float32
-        self.raw_action = np.concatenate(raw_action)  # (N, recorded action dims) float64
-        self.dims = action[0].shape[1]  # real dims among the 32
+            starts = (episodes.starts + offset).tolist()
+            for position, number_start_end in enumerate(zip(episodes.ids, starts, starts[1:])):
+                self.episodes.append(Episode(n, position, *number_start_end))
+            offset = starts[-1]
+        lengths = [e.end - e.start for e in self.episodes]
+        self.end = np.repeat([e.end for e in self.episodes], lengths)  # (N,) the row after its episode's last
+        self.part = np.repeat([e.part for e in self.episodes], lengths)  # (N,) its data set
+        raw = [raw_columns(episodes, "action", config) for episodes in sets]
+        self.raw_action = np.concatenate(
+            [np.concatenate(list(keys.values()), axis=-1) for keys in raw]
+        )  # (N, recorded)
+        action = np.concatenate([encode("action", keys, config, metadata) for keys in raw])  # (N, dims) float64
+        self.dims = action.shape[1]  # real dims among the 32
         if self.dims > ACTION_DIM:
             fail(f"the data config has {self.dims} action dims, the model takes {ACTION_DIM}")
-        self.action = pad(np.concatenate(action), ACTION_DIM).astype(np.float32)  # (N, 32)
-        # the row after its episode's last, the number of its instruction, its data set: (N,) each
-        self.end, self.text, self.part = np.concatenate(end), np.concatenate(text), np.concatenate(part)
+        self.action = pad(action, ACTION_DIM).astype(np.float32)  # (N, 32)
+        states = [self.interface.state(raw_columns(episodes, "state", config)) for episodes in sets]
+        self.state = np.concatenate(states)  # (N, 64) float32
         # what a relative action (absolute: false) is past the episode's end: the code of 0
         zeros = {key: np.zeros(metadata["modalities"]["action"][key]["shape"]) for key in config.action}
         with np.errstate(invalid="ignore"):
@@ -219,25 +212,21 @@ class Demonstrations:
             places[np.concatenate(rows)] = np.arange(sum(map(len, rows)))
             positions = [e.position for e in chosen]
             paths = [cache_frames(episodes, video, positions, cache_dir, side) for video in self.config.video]
-            shapes = {np.load(path, mmap_mode="r").shape[1:3] for path in paths}
+            shapes = {opened(path).shape[1:3] for path in paths}
             if len(shapes) > 1:
                 fail(f"the cameras of {episodes.path} differ in resolution: {sorted(shapes)}; one crop is for all")
-            self.videos.append([(path, places, None) for path in paths])
+            self.videos.append((places, paths))
         if world and world.main:
             world.gather([])
 
     def __getstate__(self) -> dict:
-        """What a worker process gets: it opens the files itself."""
-        closed = [[(path, places, None) for path, places, _ in views] for views in self.videos]
-        return self.__dict__ | {"videos": closed, "sets": []}
+        """What a worker process gets."""
+        return self.__dict__ | {"sets": []}
 
     def frames(self, row: int) -> np.ndarray:
         """(V, height, width, 3) uint8 as cached."""
-        views = self.videos[self.part[row]]
-        for v, (path, places, opened) in enumerate(views):
-            if opened is None:  # each process maps the file once
-                views[v] = (path, places, np.load(path, mmap_mode="r"))
-        return np.stack([opened[places[row]] for _, places, opened in views])
+        places, paths = self.videos[self.part[row]]
+        return np.stack([opened(path)[places[row]] for path in paths])
 
     def actions(self, rows: np.ndarray) -> np.ndarray:
         """(B, 16, 32): the actions of each row and the 15 that follow it."""
@@ -266,15 +255,13 @@ class Demonstrations:
         return batch
 
 
-def prepared(
-    samples: Dataset, plans: Iterator, workers: int, device: torch.device
-) -> Iterator[dict[str, torch.Tensor]]:
-    """samples[plan] of every plan, made by so many processes (0: by this one, when it is asked for)."""
-    loader = dict(num_workers=workers, pin_memory=device.type == "cuda")
-    if workers:
-        loader |= dict(prefetch_factor=4, worker_init_fn=one_thread)
+@functools.cache
+def opened(path: Path) -> np.ndarray:
+    """A cache's frames (rows, height, width, 3) through a memory map; each process maps a file once."""
+    return np.load(path, mmap_mode="r")
+
+
+def prepared(samples: Dataset, plans: Iterator, workers: int, device: torch.device) -> Iterator[dict]:
+    """samples[plan] of every plan, made by so many processes of one thread (0: by this one, when it is asked for)."""
+    loader = dict(num_workers=workers, prefetch_factor=4 if workers else None, pin_memory=device.type == "cuda")
     return iter(DataLoader(samples, sampler=plans, batch_size=None, **loader))
-
-
-def one_thread(worker: int) -> None:
-    torch.set_num_threads(1)  # the workers are the parallelism

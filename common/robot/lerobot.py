@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,12 @@ import torch
 import torch.nn.functional as F
 
 from common.cli import fail
+from common.robot import files
+from common.robot.files import read_json, read_lines
 
-ROOT = Path(__file__).resolve().parents[2]
+HINT = "without it this is not a LeRobot data set"
+STATISTICS = ("max", "min", "mean", "std", "q01", "q99")  # of each key, in stats.json and metadata.json
+COLUMNS = {"state": "observation.state", "action": "action"}  # where a key is unless modality.json says otherwise
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
@@ -41,45 +44,22 @@ class Episodes:
     tasks: dict[int, str]
 
 
-def read_json(path: Path):
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        fail(f"{path} is missing: {path.parent.parent} is not a LeRobot v2 data set")
-    except ValueError as error:
-        fail(f"{path} is not JSON: {error}")
-
-
-def read_lines(path: Path) -> list[dict]:
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except FileNotFoundError:
-        fail(f"{path} is missing: {path.parent.parent} is not a LeRobot v2 data set")
-    except ValueError as error:
-        fail(f"{path} is not JSON lines: {error}")
-
-
 def find_folder(name: str) -> Path:
-    """A folder as it is; a hub id is downloaded."""
-    for folder in (Path(name), ROOT / name):
-        if folder.is_dir():
-            return folder.resolve()
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) or name.startswith("."):
-        fail(f"--dataset-path {name}: no such folder; assets/fetch_demos is bundled")
-    from huggingface_hub import snapshot_download
+    """A data set's folder as it is, or the local copy of a hub id (user/name or user/name@revision)."""
+    return files.find_folder(
+        name, "dataset", "--dataset-path takes a folder or a hub id; assets/fetch_demos is bundled"
+    )
 
-    repository, _, revision = name.partition("@")
-    try:
-        return Path(snapshot_download(repository, repo_type="dataset", revision=revision or None))
-    except Exception as error:  # offline, no such repository, no such revision, no permission
-        reason = str(error).splitlines()[0]
-        fail(f"--dataset-path {name}: no such folder, and no data set of the hub ({reason}); assets/fetch_demos works")
+
+def episode_file(path: Path, info: dict, kind: str, number: int, **names: str) -> Path:
+    """Where info.json says that an episode's data (kind data_path) or video (video_path) is."""
+    return path / info[kind].format(episode_chunk=number // info["chunks_size"], episode_index=number, **names)
 
 
 def propose_modality(info: dict) -> dict:
     """A modality.json from the names of the joints: grippers apart from arms, left apart from right."""
     proposal: dict = {"state": {}, "action": {}, "video": {}, "annotation": {}}
-    for kind, column in (("state", "observation.state"), ("action", "action")):
+    for kind, column in COLUMNS.items():
         if column not in info["features"]:
             fail(f"info.json has no '{column}': write a meta/modality.json that says where {kind} is")
         feature = info["features"][column]
@@ -105,31 +85,30 @@ def propose_modality(info: dict) -> dict:
 
 def read_modality(path: Path, info: dict, say=print) -> dict:
     """meta/modality.json, or a printed proposal, with every default filled in."""
-    if (path / "meta/modality.json").exists():
-        raw = read_json(path / "meta/modality.json")
-    else:
+    raw = read_json(path / "meta/modality.json", HINT, optional=True)
+    if not raw:
         raw = propose_modality(info)
         say(f"{path.name} has no meta/modality.json; going on with this one (save it there to change it):")
         say(json.dumps(raw))
     modality: dict = {"state": {}, "action": {}, "video": {}, "language": {}}
-    for kind, column in (("state", "observation.state"), ("action", "action")):
+    for kind in COLUMNS:
         for key, entry in raw.get(kind, {}).items():
+            where = f"modality.json of {path}: {kind}.{key}"
             if not isinstance(entry, dict) or not 0 <= entry.get("start", -1) < entry.get("end", -1):
-                fail(f"modality.json of {path}: {kind}.{key} needs start < end")
+                fail(f"{where} needs start < end")
+            column = entry.get("original_key", COLUMNS[kind])
+            if column not in info["features"]:
+                fail(f"{where} is in column '{column}', which info.json lacks")
+            if entry["end"] > (width := math.prod(info["features"][column]["shape"])):
+                fail(f"{where} ends at {entry['end']}, '{column}' is {width} wide")
             modality[kind][key] = {
-                "column": entry.get("original_key", column),
+                "column": column,
                 "start": entry["start"],
                 "end": entry["end"],
                 "absolute": entry.get("absolute", True),
                 "rotation_type": entry.get("rotation_type"),
                 "continuous": "float" in entry.get("dtype", "float64"),
             }
-            column_name = modality[kind][key]["column"]
-            if column_name not in info["features"]:
-                fail(f"modality.json of {path}: {kind}.{key} is in column '{column_name}', which info.json lacks")
-            width = math.prod(info["features"][column_name]["shape"])
-            if entry["end"] > width:
-                fail(f"modality.json of {path}: {kind}.{key} ends at {entry['end']}, '{column_name}' is {width} wide")
     for key, entry in raw.get("video", {}).items():
         modality["video"][key] = entry.get("original_key", key)
     for key, entry in raw.get("annotation", {}).items():
@@ -162,27 +141,20 @@ def column_statistics(rows: np.ndarray) -> dict[str, np.ndarray]:
     """Per dim of (N, width): float32 rows, quantiles in float64, which is what GR00T's stats.json files hold."""
     rows = rows.astype(np.float32)
     q01, q99 = np.quantile(rows.astype(np.float64), [0.01, 0.99], axis=0)
-    return {"max": rows.max(0), "min": rows.min(0), "mean": rows.mean(0), "std": rows.std(0), "q01": q01, "q99": q99}
+    return dict(zip(STATISTICS, (rows.max(0), rows.min(0), rows.mean(0), rows.std(0), q01, q99)))
 
 
-def read_statistics(path: Path, columns: dict[str, np.ndarray], compute: bool = False) -> dict:
+def read_statistics(path: Path, columns: dict[str, np.ndarray]) -> dict:
     """meta/stats.json where it has all six numbers of every column used; computed from the rows otherwise."""
-    file = path / "meta/stats.json"
-    stored = json.loads(file.read_text()) if file.exists() and not compute else {}
-    wanted = {"max", "min", "mean", "std", "q01", "q99"}
-    if all(wanted <= set(stored.get(name, {})) for name in columns):
-        return {
-            name: {k: np.asarray(stored[name][k], dtype=np.float64).reshape(-1) for k in sorted(wanted)}
-            for name in columns
-        }
-    return {name: column_statistics(rows) for name, rows in columns.items()}
+    stored = read_json(path / "meta/stats.json", HINT, optional=True)
+    if not all(set(STATISTICS) <= set(stored.get(name, {})) for name in columns):
+        return {name: column_statistics(rows) for name, rows in columns.items()}
+    return {name: {k: np.array(stored[name][k], np.float64).reshape(-1) for k in STATISTICS} for name in columns}
 
 
 def read_info(path: Path) -> dict:
     """meta/info.json of a data set this script can read."""
-    if not (path / "meta/info.json").exists():
-        fail(f"{path} has no meta/info.json: not a LeRobot data set")
-    info = read_json(path / "meta/info.json")
+    info = read_json(path / "meta/info.json", HINT)
     version = str(info.get("codebase_version", ""))
     if not version.startswith("v2"):
         fail(
@@ -198,24 +170,20 @@ def read_episodes(path: Path, language: str | None = None, say=print) -> Episode
     """All episodes of a data set: every row's state, action and annotation columns, in memory; no frames yet."""
     info = read_info(path)
     modality = read_modality(path, info, say)
-    listed = read_lines(path / "meta/episodes.jsonl")
+    listed = read_lines(path / "meta/episodes.jsonl", HINT)
     ids = [int(e["episode_index"]) for e in listed]
     if not ids:
         fail(f"{path}/meta/episodes.jsonl lists no episode")
-    tasks = {int(t["task_index"]): t["task"] for t in read_lines(path / "meta/tasks.jsonl")}
-    vectors = {entry["column"] for kind in ("state", "action") for entry in modality[kind].values()}
+    tasks = {int(t["task_index"]): t["task"] for t in read_lines(path / "meta/tasks.jsonl", HINT)}
+    vectors = {entry["column"] for kind in COLUMNS for entry in modality[kind].values()}
     annotations = {modality["language"][language]} if language in modality["language"] else set()
     names = sorted(vectors | annotations)
     with ThreadPoolExecutor(8) as pool:
-        files = [path / info["data_path"].format(episode_chunk=i // info["chunks_size"], episode_index=i) for i in ids]
-        parts = list(pool.map(lambda file: read_columns(file, names), files))
+        parts = list(pool.map(lambda i: read_columns(episode_file(path, info, "data_path", i), names), ids))
     lengths = [len(part[names[0]]) for part in parts]
-    for episode, length in zip(listed, lengths):
+    for i, episode, length in zip(ids, listed, lengths):
         if episode["length"] != length:
-            fail(
-                f"{path}: episode {episode['episode_index']} has {length} rows, meta/episodes.jsonl says "
-                f"{episode['length']}"
-            )
+            fail(f"{path}: episode {i} has {length} rows, meta/episodes.jsonl says {episode['length']}")
     columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
     for name in vectors:
         if not np.isfinite(columns[name]).all():
@@ -245,8 +213,6 @@ def decode(file: Path, rows: int, side: int) -> np.ndarray:
                     x = F.interpolate(x, (side, side), mode="bilinear", align_corners=False, antialias=True)
                     pixels = x[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
                 frames.append(pixels)
-    except FileNotFoundError:
-        fail(f"{file} is missing")
     except av.FFmpegError as error:
         fail(f"{file} cannot be decoded: {error}")
     if len(frames) != rows:
@@ -259,30 +225,25 @@ def cache_frames(episodes: Episodes, video: str, use: list[int], cache_dir: Path
 
     The file is read through a memory map: what fits stays in the page cache, shared by workers and processes.
     """
-    info, column = episodes.info, episodes.modality["video"][video]
-    if "video_path" not in info or info["video_path"] is None:
-        fail(f"{episodes.path.name} has no videos (images inside parquet files are not supported)")
-    files = [
-        episodes.path
-        / info["video_path"].format(episode_chunk=i // info["chunks_size"], episode_index=i, video_key=column)
-        for i in (episodes.ids[e] for e in use)
-    ]
-    for file in files:
-        if not file.exists():
-            fail(f"{file} is missing (video '{video}')")
+    path, info, column = episodes.path, episodes.info, episodes.modality["video"][video]
+    if info.get("video_path") is None:
+        fail(f"{path.name} has no videos (images inside parquet files are not supported)")
+    files = [episode_file(path, info, "video_path", episodes.ids[e], video_key=column) for e in use]
+    if missing := [file for file in files if not file.exists()]:
+        fail(f"{missing[0]} is missing (video '{video}')")
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.sha256(json.dumps([side, facts]).encode()).hexdigest()[:16]
-    target = cache_dir / f"{episodes.path.name}-{video}-{digest}.npy"
+    target = cache_dir / f"{path.name}-{video}-{digest}.npy"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    lengths = [int(episodes.starts[e + 1] - episodes.starts[e]) for e in use]
+    lengths = np.diff(episodes.starts)[use]
     offsets = np.r_[0, np.cumsum(lengths)]
     first = decode(files[0], lengths[0], side)
     temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
     shape = (int(offsets[-1]), *first.shape[1:])
     try:
-        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        out = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
         out[: lengths[0]] = first
 
         def fill(n: int) -> None:

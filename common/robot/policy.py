@@ -27,6 +27,7 @@ from common.parallel import gathered
 from common.robot.data_configs import DataConfig
 from common.robot.files import ROOT, find_folder, read_json
 from common.robot.gr00t_n15 import ELSE, FILES, GR00T, HINT, GR00TConfig
+from common.robot.lerobot import STATISTICS
 from common.robot.lora import LoRALinear, adapter_tensors, add_lora, merged
 from common.robot.transforms import (
     ACTION_DIM,
@@ -40,8 +41,6 @@ from common.robot.transforms import (
     statistics_of,
     transform_images,
 )
-
-STATISTICS = {"min", "max", "mean", "std", "q01", "q99"}
 
 
 @dataclass
@@ -93,7 +92,7 @@ class Stored:
         entry = self.metadata[tag]
         for kind in ("state", "action"):
             for key in getattr(config, kind):
-                if not STATISTICS <= set(entry.get("statistics", {}).get(kind, {}).get(key, {})):
+                if not set(STATISTICS) <= set(entry.get("statistics", {}).get(kind, {}).get(key, {})):
                     fail(
                         f"checkpoint '{self.source}' has no statistics of {kind}.{key} for {tag}: another data config?"
                     )
