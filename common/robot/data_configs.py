@@ -59,13 +59,9 @@ DATA_CONFIGS = {
     ),
     "so100": DataConfig(("webcam",), SO100, SO100, "human.task_description"),
     "so100_dualcam": DataConfig(("front", "wrist"), SO100, SO100, "human.task_description"),
-    "unitree_g1": DataConfig(
-        ("rs_view",), modes("min_max", *ARMS), modes("min_max", *ARMS), "human.task_description"
-    ),
+    "unitree_g1": DataConfig(("rs_view",), modes("min_max", *ARMS), modes("min_max", *ARMS), "human.task_description"),
     "unitree_g1_full_body": DataConfig(
-        ("rs_view",),
-        modes("min_max", "left_leg", "right_leg", "waist", *ARMS),
-        modes("min_max", *ARMS),
+        ("rs_view",), modes("min_max", "left_leg", "right_leg", "waist", *ARMS), modes("min_max", *ARMS),
         "human.task_description",
     ),
     "bimanual_panda_gripper": bimanual("front_view", "gripper_qpos", "gripper_close", "min_max", "binary"),
@@ -105,12 +101,8 @@ def find_data_config(name: str, modality: dict) -> DataConfig:
     if name == "auto":
         if not modality["language"]:
             fail("--data-config auto: the data set has no annotation to take the instruction from")
-        return DataConfig(
-            tuple(modality["video"]),
-            modes("min_max", *modality["state"]),
-            modes("min_max", *modality["action"]),
-            next(iter(modality["language"])),
-        )
+        state, action = (modes("min_max", *modality[kind]) for kind in ("state", "action"))
+        return DataConfig(tuple(modality["video"]), state, action, next(iter(modality["language"])))
     if ":" in name:
         module, attribute = name.split(":", 1)
         sys.path.insert(0, os.getcwd())

@@ -75,6 +75,9 @@ class FetchVec(VectorEnv):
         if not is_fetch(env_id):
             raise ValueError(f"FetchVec steps {', '.join(f'{task}-v4' for task in TASKS)}, not {env_id}")
         import_robotics()
+        from gymnasium_robotics.utils.rotations import mat2euler
+
+        self._euler = mat2euler
         template = gym.make(env_id, **make_kwargs)
         self.spec, env = template.spec, template.unwrapped
         self.num_envs, self.render_mode = num_envs, None
@@ -204,13 +207,10 @@ class FetchVec(VectorEnv):
         else:
             achieved = raw["object"]
             velp, velr = raw["object_velp"] * dt - grip_velp, raw["object_velr"] * dt
-            euler = mat2euler(raw["object_mat"])
+            euler = self._euler(raw["object_mat"].reshape(-1, 3, 3))  # radians
             parts = [grip, achieved, achieved - grip, raw["finger"], euler, velp, velr, grip_velp, finger_vel]
-        return {
-            "observation": np.concatenate(parts, axis=1),
-            "achieved_goal": achieved.copy(),
-            "desired_goal": goal.copy(),
-        }
+        observation = np.concatenate(parts, axis=1)
+        return {"observation": observation, "achieved_goal": achieved.copy(), "desired_goal": goal.copy()}
 
     def reset(self, *, seed: int | list[int | None] | None = None, options: dict | None = None):
         """Starts new episodes, in all environments or in those of `options["reset_mask"]` (N,) bool.
@@ -258,10 +258,7 @@ class FetchVec(VectorEnv):
             achieved = np.where(done[:, None], last["achieved_goal"], achieved)
             goal = np.where(done[:, None], self._final_goal, goal)
         d = np.linalg.norm(achieved - goal, axis=-1)
-        if self._env.reward_type == "sparse":
-            rewards = -(d > self._env.distance_threshold).astype(np.float64)
-        else:
-            rewards = -d
+        rewards = -(d > self._env.distance_threshold).astype(np.float64) if self._env.reward_type == "sparse" else -d
         success = (d < self._env.distance_threshold).astype(np.float32)
         if done.any():
             final = np.full(self.num_envs, None, dtype=object)
@@ -322,13 +319,6 @@ class FetchVec(VectorEnv):
         if self._owns_pool:
             self._pool.shutdown()
         self._env.close()
-
-
-def mat2euler(mat: np.ndarray) -> np.ndarray:
-    """Rotation matrices (N, 9) -> Euler angles (N, 3) in radians, as gymnasium-robotics' `rotations.mat2euler`."""
-    from gymnasium_robotics.utils import rotations
-
-    return rotations.mat2euler(mat.reshape(-1, 3, 3))
 
 
 # ---- what a policy is trained with: float32 vectors and rewards ------------------------------------------------------

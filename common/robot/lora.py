@@ -42,20 +42,15 @@ def add_lora(model: GR00T, args) -> dict[str, LoRALinear]:
     """
     ends = ("q_proj", "k_proj", "v_proj", "to_q", "to_k", "to_v")
     ends += ("out_proj", "o_proj", "to_out.0") if args.lora_targets == "qkvo" else ()
-    chosen = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and name.endswith(ends)
-        and (args.lora_full_model or name.startswith("action_head."))
-    ]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(args.tune_projector and group_of(name) == "tune_projector")
     adapters = {}
-    for name in chosen:
-        linear = model.get_submodule(name)
-        adapters[name] = LoRALinear(linear, args.lora_rank, args.lora_alpha, args.lora_dropout).train(linear.training)
-        put(model, name, adapters[name])
+    for name, linear in list(model.named_modules()):
+        wanted = name.endswith(ends) and (args.lora_full_model or name.startswith("action_head."))
+        if wanted and isinstance(linear, nn.Linear):
+            adapter = LoRALinear(linear, args.lora_rank, args.lora_alpha, args.lora_dropout).train(linear.training)
+            adapters[name] = adapter
+            put(model, name, adapter)
     return adapters
 
 

@@ -24,23 +24,13 @@ from safetensors.torch import save_file
 from common.checkpoint import find_checkpoint
 from common.cli import fail
 from common.parallel import gathered
+from common.robot import transforms
 from common.robot.data_configs import DataConfig
 from common.robot.files import ROOT, find_folder, read_json
 from common.robot.gr00t_n15 import ELSE, FILES, GR00T, HINT, GR00TConfig
 from common.robot.lerobot import STATISTICS
 from common.robot.lora import LoRALinear, adapter_tensors, add_lora, merged
-from common.robot.transforms import (
-    ACTION_DIM,
-    HORIZON,
-    STATE_DIM,
-    decode_actions,
-    encode,
-    load_tokenizer,
-    pad,
-    prompt,
-    statistics_of,
-    transform_images,
-)
+from common.robot.transforms import ACTION_DIM, HORIZON, STATE_DIM, pad
 
 
 @dataclass
@@ -90,14 +80,12 @@ class Stored:
                 f"it has, or fine-tune it on your data first: gr00t_finetune.py --model-path {self.source}"
             )
         entry = self.metadata[tag]
-        for kind in ("state", "action"):
-            for key in getattr(config, kind):
-                if not set(STATISTICS) <= set(entry.get("statistics", {}).get(kind, {}).get(key, {})):
-                    fail(
-                        f"checkpoint '{self.source}' has no statistics of {kind}.{key} for {tag}: another data config?"
-                    )
-                if key not in entry.get("modalities", {}).get(kind, {}):
-                    fail(f"checkpoint '{self.source}' does not describe {kind}.{key} for {tag} in its metadata.json")
+        keys = [(kind, key) for kind in ("state", "action") for key in getattr(config, kind)]
+        for kind, key in keys:
+            if not set(STATISTICS) <= set(entry.get("statistics", {}).get(kind, {}).get(key, {})):
+                fail(f"checkpoint '{self.source}' has no statistics of {kind}.{key} for {tag}: another data config?")
+            if key not in entry.get("modalities", {}).get(kind, {}):
+                fail(f"checkpoint '{self.source}' does not describe {kind}.{key} for {tag} in its metadata.json")
         return entry
 
 
@@ -125,7 +113,7 @@ def model_tokenizer(c: GR00TConfig, source: str | None = None):
     """The tokenizer of a model: the one of --tokenizer, the bundled one of tiny and lite, or the published one."""
     toy = c.instruction_vocab or c.image_token_index == GR00TConfig.tiny().image_token_index
     default = str(ROOT / "assets" / "tiny-qwen2") if toy else "lerobot/eagle2hg-processor-groot-n1p5"
-    return load_tokenizer(source or default, None if c.instruction_vocab else c.image_token_index)
+    return transforms.load_tokenizer(source or default, None if c.instruction_vocab else c.image_token_index)
 
 
 def trained_parts(model: GR00T, args: GR00TArgs) -> dict[str, LoRALinear]:
@@ -173,16 +161,17 @@ class Interface:
         self.image_size, self.pad_id, views = c.image_size, tokenizer.pad_token_id, len(self.config.video)
         for text in instructions:
             # a model without cameras (lite) reads the bare instruction
-            words = prompt(text, views, c.tokens_per_image, form) if views else text
+            words = transforms.prompt(text, views, c.tokens_per_image, form) if views else text
             self.prompts[text] = np.array(tokenizer(words, add_special_tokens=False).input_ids)
 
     def state(self, raw: dict[str, np.ndarray]) -> np.ndarray:
         """Raw state (N, width) of each key -> (N, 64) float32; what is beyond 64 is cut, as in the reference."""
-        return pad(encode("state", raw, self.config, self.metadata)[:, :STATE_DIM], STATE_DIM).astype(np.float32)
+        state = transforms.encode("state", raw, self.config, self.metadata)[:, :STATE_DIM]
+        return pad(state, STATE_DIM).astype(np.float32)
 
     def images(self, frames: np.ndarray) -> torch.Tensor:
         """Pictures (N, V, height, width, 3) uint8 -> (N * V, 3, size, size) uint8: the centre, resized."""
-        return transform_images(frames.reshape(-1, *frames.shape[2:]), self.image_size)
+        return transforms.transform_images(frames.reshape(-1, *frames.shape[2:]), self.image_size)
 
     def batch(
         self, state: np.ndarray, instructions: Sequence[str], images: torch.Tensor | None = None, length: int = 0
@@ -207,14 +196,14 @@ class Interface:
 
     def actions(self, chunk: np.ndarray) -> np.ndarray:
         """The model's chunk (N, H, 32) -> raw actions (N, H, A) float64, the keys side by side, not clipped."""
-        raw = decode_actions(chunk.astype(np.float64), self.config, self.metadata)
+        raw = transforms.decode_actions(chunk.astype(np.float64), self.config, self.metadata)
         return np.concatenate(list(raw.values()), axis=-1)
 
     def action_names(self, raw: bool = False) -> list[str]:
         """One name per action number of the model or, where a rotation is converted, as recorded."""
         names = []
         for key in self.config.action:
-            width = len(statistics_of("action", key, self.config, self.metadata)["min"])
+            width = len(transforms.statistics_of("action", key, self.config, self.metadata)["min"])
             width = self.metadata["modalities"]["action"][key]["shape"][0] if raw else width
             names += [key] if width == 1 else [f"{key}.{i}" for i in range(width)]
         return names

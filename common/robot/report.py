@@ -77,11 +77,8 @@ def describe(model: GR00T, data: Demonstrations, held: Split, args, run: Run) ->
 
 def open_loop_tables(run: Run, step: int, results: list[dict], errors: list[dict], names: list[str]) -> None:
     """A row an episode, a row a joint. names: of the recorded action dims."""
-    rows = []
-    for result, error in zip(results, errors):
-        about = {"episode": result["episode"], "instruction": result["instruction"], "steps": len(result["recorded"])}
-        rows.append(about | error)
-    run.table("trajectory_results", step, rows)
+    about = [{"episode": r["episode"], "instruction": r["instruction"], "steps": len(r["recorded"])} for r in results]
+    run.table("trajectory_results", step, [row | error for row, error in zip(about, errors)])
     squares = [((r["predicted"] - r["recorded"]) ** 2).mean(0) for r in results]  # (d,) each
     joints = [{"joint": name, "mse": float(mse)} for name, mse in zip(names, np.mean(squares, axis=0))]
     run.table("per_joint_mse", step, joints)

@@ -21,17 +21,18 @@ HORIZON, STATE_DIM, ACTION_DIM = 16, 64, 32  # of every published configuration;
 # ---- units -----------------------------------------------------------------------------------------------------------
 
 
+LIMITS = {"min_max": ("min", "max"), "q99": ("q01", "q99")}  # mode -> what becomes -1 and 1
+
+
 def normalize(x: np.ndarray, mode: str | None, stats: dict[str, np.ndarray]) -> np.ndarray:
     """Raw -> model units, (…, width) float64. `stats`: arrays (width,) named as in metadata.json."""
     s = {name: np.asarray(value, dtype=np.float64).astype(x.dtype) for name, value in stats.items()}
-    if mode in ("min_max", "q99"):
-        low, high = (s["min"], s["max"]) if mode == "min_max" else (s["q01"], s["q99"])
+    if mode in LIMITS:
+        low, high = (s[name] for name in LIMITS[mode])
         varies = low != high
         # eq: y = 2 (x - low) / (high - low) - 1
         y = 2 * ((x - low) / np.where(varies, high - low, 1)) - 1
-        if mode == "min_max":
-            return np.where(varies, y, 0)
-        return np.where(varies, y, x).clip(-1, 1)
+        return np.where(varies, y, 0) if mode == "min_max" else np.where(varies, y, x).clip(-1, 1)
     if mode == "mean_std":
         # eq: y = (x - mean) / std
         return np.where(s["std"] != 0, (x - s["mean"]) / np.where(s["std"] != 0, s["std"], 1), x)
@@ -40,23 +41,19 @@ def normalize(x: np.ndarray, mode: str | None, stats: dict[str, np.ndarray]) -> 
         return np.where(largest != 0, x / np.where(largest != 0, largest, 1), 0)
     if mode == "binary":
         return (x > 0.5).astype(x.dtype)
-    if mode == "sin_cos":
-        return np.concatenate([np.sin(x), np.cos(x)], axis=-1)
-    return x
+    return np.concatenate([np.sin(x), np.cos(x)], axis=-1) if mode == "sin_cos" else x
 
 
 def unnormalize(y: np.ndarray, mode: str | None, stats: dict[str, np.ndarray]) -> np.ndarray:
     """Model units -> raw, the inverse of `normalize` without its clipping."""
     s = {name: np.asarray(value, dtype=np.float64).astype(y.dtype) for name, value in stats.items()}
-    if mode in ("min_max", "q99"):
-        low, high = (s["min"], s["max"]) if mode == "min_max" else (s["q01"], s["q99"])
+    if mode in LIMITS:
+        low, high = (s[name] for name in LIMITS[mode])
         # eq: x = (y + 1) / 2 (high - low) + low
         return (y + 1) / 2 * (high - low) + low
     if mode == "mean_std":
         return y * s["std"] + s["mean"]
-    if mode == "binary":
-        return (y > 0.5).astype(y.dtype)
-    return y
+    return (y > 0.5).astype(y.dtype) if mode == "binary" else y
 
 
 def rotation_of(kind: str, key: str, config: DataConfig, metadata: dict) -> tuple[str, str] | None:
@@ -105,12 +102,10 @@ def pad(x: np.ndarray, width: int) -> np.ndarray:
 
 # ---- rotations -------------------------------------------------------------------------------------------------------
 
-BOUNDS = {"rotation_6d": (1, 6), "quaternion": (1, 4), "axis_angle": (np.pi, 3), "euler_angles": (np.pi, 3)}
-
 
 def bounds(kind: str) -> tuple[float, int]:
     """Largest absolute value and width of a form of rotation."""
-    return (1, 9) if kind == "matrix" else BOUNDS["euler_angles" if kind.startswith("euler_angles") else kind]
+    return {"matrix": (1, 9), "rotation_6d": (1, 6), "quaternion": (1, 4)}.get(kind, (np.pi, 3))
 
 
 def to_matrix(x: np.ndarray, kind: str) -> np.ndarray:
@@ -173,17 +168,8 @@ def from_matrix(m: np.ndarray, kind: str) -> np.ndarray:
         return np.where(q[..., :1] < 0, -q, q)
     a, b, c = ("rpy".index(letter) for letter in kind[-3:])
     sign = 1 if (b - a) % 3 == 1 else -1
-    return np.stack(
-        [
-            np.arctan2(-sign * m[..., b, c], m[..., c, c]),
-            np.arcsin((sign * m[..., a, c]).clip(-1, 1)),
-            np.arctan2(-sign * m[..., a, b], m[..., a, a]),
-        ],
-        axis=-1,
-    )
-
-
-BOUNDS = {"rotation_6d": (1, 6), "quaternion": (1, 4), "axis_angle": (np.pi, 3), "euler_angles": (np.pi, 3)}
+    first, third = np.arctan2(-sign * m[..., b, c], m[..., c, c]), np.arctan2(-sign * m[..., a, b], m[..., a, a])
+    return np.stack([first, np.arcsin((sign * m[..., a, c]).clip(-1, 1)), third], axis=-1)
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -205,11 +191,8 @@ def shift_hue(x: torch.Tensor, turn: float) -> torch.Tensor:
     h += torch.where(high == r, 0.0, torch.where(high == g, 2.0, 4.0))
     h += 6 * turn
     # eq: channel_n = max - c clip(min(k, 4 - k), 0, 1),  k = (n + h) mod 6,  n = 5, 3, 1
-    channels = []
-    for n in (5, 3, 1):
-        k = (h + n).remainder_(6)
-        channels.append(high - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
-    return torch.stack(channels, dim=1)
+    turns = [(h + n).remainder_(6) for n in (5, 3, 1)]
+    return torch.stack([high - chroma * torch.minimum(k, 4 - k).clamp_(0, 1) for k in turns], dim=1)
 
 
 def jitter(x: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
