@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -166,11 +167,25 @@ def test_a_curriculum_really_switches_the_problems(run):
     assert largest > 10 >= max(int(row["prompt"].split()[1]) for row in table if row["step"] in levels[1])
 
 
-def test_rows_are_replaced_at_any_length():
-    old, new = torch.arange(6).view(3, 2), torch.ones(1, 4, dtype=torch.long)
-    assert lm.replace_rows(old, new, [1]).tolist() == [[0, 1, 0, 0], [1, 1, 1, 1], [4, 5, 0, 0]]
-    assert lm.replace_rows(old, new[:, :1], [2]).tolist() == [[0, 1], [2, 3], [1, 0]]
-    assert old.tolist() == [[0, 1], [2, 3], [4, 5]]
+@dataclass
+class Roll:
+    prompts: list
+    texts: list
+    ids: torch.Tensor
+    ended: torch.Tensor
+
+
+def test_groups_are_replaced_at_any_length():
+    """Two completions each of three prompts; those of one prompt are replaced by longer or shorter ones."""
+    old = Roll([[1], [2], [3]], list("abcdef"), torch.arange(12).view(6, 2), torch.zeros(6, dtype=torch.bool))
+    new = Roll([[4]], list("xy"), torch.ones(2, 4, dtype=torch.long), torch.ones(2, dtype=torch.bool))
+    longer = lm.replace_groups(old, new, [1])
+    assert longer.prompts == [[1], [4], [3]] and longer.texts == list("abxyef")
+    assert longer.ids[:3].tolist() == [[0, 1, 0, 0], [2, 3, 0, 0], [1, 1, 1, 1]]
+    assert longer.ended.tolist() == [False, False, True, True, False, False]
+    shorter = lm.replace_groups(old, replace(new, ids=new.ids[:, :1]), [2])
+    assert shorter.ids.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [1, 0], [1, 0]]
+    assert old.texts == list("abcdef") and old.ids.tolist() == torch.arange(12).view(6, 2).tolist()
 
 
 @pytest.mark.parametrize(

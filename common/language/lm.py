@@ -150,9 +150,8 @@ def load_model(args: LMArgs, device: torch.device, folder: Path | None = None):
             import flash_attn  # noqa: F401
         except ImportError:
             fail("flash-attn is not installed: `uv sync --extra flash` (needs nvcc), or --attn-implementation sdpa")
-    attention, name = args.attn_implementation or ("sdpa" if device.type == "cuda" else "eager"), args.model_name
-    if folder is not None:
-        name = str(folder)
+    attention = args.attn_implementation or ("sdpa" if device.type == "cuda" else "eager")
+    name = str(folder or args.model_name)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation=attention)
         model = model.to("cpu" if args.fsdp else device)  # the whole of it may be more than a GPU holds
@@ -271,26 +270,18 @@ def micro_batches(num_prompts: int, G: int, size: int | None) -> list[tuple[slic
     return [(slice(i // G, i // G + 1), slice(i, i + size)) for i in range(0, num_prompts * G, size)]
 
 
-def replace_rows(old: torch.Tensor, new: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """old (B, T), new (b, T') -> (B, max(T, T')) with `new` in these rows, and zeros where either was shorter."""
-    T = max(old.shape[1], new.shape[1])
-    out = F.pad(old, (0, T - old.shape[1]))
-    out[rows] = F.pad(new, (0, T - new.shape[1]))
-    return out
-
-
 def replace_groups(roll, new, groups: list[int]):
-    """A rollout with the completions of these of its prompts replaced by those of `new`."""
-    G, changed = len(roll.texts) // len(roll.prompts), {}
-    rows = [group * G + j for group in groups for j in range(G)]
+    """A rollout with the completions of these of its prompts replaced by those of `new`; the shorter (b, T) ends in 0."""
+    T, G = max(roll.ids.shape[1], new.ids.shape[1]), len(roll.texts) // len(roll.prompts)
+    rows, changed = [group * G + j for group in groups for j in range(G)], {}
     for name, old in vars(roll).items():
-        if isinstance(old, torch.Tensor) and old.dim() == 2:
-            changed[name] = replace_rows(old, getattr(new, name), rows)
-        elif isinstance(old, torch.Tensor):
-            changed[name] = old.index_copy(0, torch.tensor(rows, device=old.device), getattr(new, name))
+        given, places = getattr(new, name), groups if name == "prompts" else rows
+        if isinstance(old, torch.Tensor):
+            old, given = (F.pad(x, (0, T - x.shape[1])) if x.dim() == 2 else x for x in (old, given))
+            changed[name] = old.index_copy(0, torch.tensor(places, device=old.device), given)
         else:
-            places = groups if len(old) == len(roll.prompts) else rows
-            changed[name] = list((dict(enumerate(old)) | dict(zip(places, getattr(new, name)))).values())
+            chosen = dict(zip(places, given))
+            changed[name] = [chosen.get(i, value) for i, value in enumerate(old)]
     return replace(roll, **changed)
 
 
@@ -338,12 +329,12 @@ class Policy:
 
     def __init__(self, model, tokenizer, args: LMArgs, world: World, token_logprobs, say=print):
         self.tokenizer, self.device, low = tokenizer, world.device, in_low_precision(args, world.device)
-        self.autocast_dtype = torch.bfloat16 if low else None
+        self.low_precision = low
         if low:  # what autocast leaves in fp32, such as rotary angles, is to be exact
             torch.set_float32_matmul_precision("highest")
         self.sampler = model
         if low or args.decode != "eager" or args.compile or args.fsdp:
-            self.sampler = sampling_copy(model, self.device, self.autocast_dtype)
+            self.sampler = sampling_copy(model, self.device, torch.bfloat16 if low else None)
         if args.attn_implementation == "flash_attention_2":  # a cache with a position per row needs a mask
             self.sampler.set_attn_implementation("sdpa")
         graphs = args.decode != "eager"
@@ -351,25 +342,18 @@ class Policy:
         if args.decode == "graph" and self.device.type != "cuda":
             say("--decode graph: no CUDA graphs on a CPU; steps run uncaptured, see time/decode_fallbacks")
         self.model = prepare(model, args, world, token_logprobs)
-        self.share_prompt = False if args.attn_implementation == "flash_attention_2" else args.share_prompt  # no mask
-        self.stop_ids, self.vocab_size = stop_token_ids(self.sampler, tokenizer), len(tokenizer)
+        self.stop_ids = stop_token_ids(self.sampler, tokenizer)
         self.pad_id = self.stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-    @property
-    def sampling(self) -> dict:
-        """What `generate` has to know besides prompts, lengths, temperature and noise."""
-        ids = {"stop_ids": self.stop_ids, "pad_id": self.pad_id, "vocab_size": self.vocab_size}
-        return ids | {"decoder": self.decoder}
-
-    @property
-    def scoring(self) -> dict:
-        """The same for token_logprobs, besides rows and temperature."""
-        return {"vocab_size": self.vocab_size, "share_prompt": self.share_prompt}
+        share_prompt = False if args.attn_implementation == "flash_attention_2" else args.share_prompt  # it has no mask
+        # what `generate` has to know besides prompts, lengths, temperature and noise
+        self.sampling = {"stop_ids": self.stop_ids, "pad_id": self.pad_id, "vocab_size": len(tokenizer)}
+        self.sampling["decoder"] = self.decoder
+        # what token_logprobs has to know besides rows and temperature
+        self.scoring = {"vocab_size": len(tokenizer), "share_prompt": share_prompt}
 
     def autocast(self):
         """Around everything that the model or the sampler computes."""
-        low = self.autocast_dtype is not None
-        return torch.autocast(self.device.type, self.autocast_dtype) if low else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts).input_ids

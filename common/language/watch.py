@@ -55,10 +55,8 @@ def completion_metrics(rows: list[dict]) -> dict:
 
 def solved_by_task(rows: list[dict]) -> dict[str, float]:
     """Share of right completions of each "task" among these."""
-    right: dict[str, list[bool]] = {}
-    for row in rows:
-        right.setdefault(row["task"], []).append(row["is_correct"])
-    return {task: float(np.mean(values)) for task, values in right.items()}
+    tasks = dict.fromkeys(row["task"] for row in rows)
+    return {task: float(np.mean([row["is_correct"] for row in rows if row["task"] == task])) for task in tasks}
 
 
 def task_metrics(rows: list[dict], rewards: torch.Tensor, shares: dict[str, float], num_generations: int) -> dict:
