@@ -63,7 +63,7 @@ class Args(SimArgs):
     observation_mode: Literal["observation", "observation_goal", "full", "delta"] = "delta"
     """what the policy sees, see common/robot/fetch.py; other environments: their own observation"""
     reward_mode: Literal["sparse", "dense", "distance", "shaped", "env"] | None = None
-    """-1/0 | -distance | the same, +10 at the goal | potential-based shaping | the environment's own; default: by task"""
+    """-1/0 | -distance | the same, +10 at the goal | potential-based shaping | the environment's; default: by task"""
 
     # rollout
     total_timesteps: int | None = None  # environment steps of the run, over all processes; default: by task
@@ -80,7 +80,7 @@ class Args(SimArgs):
     num_minibatches: int | None = None  # minibatches in an epoch; must divide N * T; default: by task
     update_epochs: int = 10  # passes over the batch at most, 3 to 10
     target_kl: float | None = None
-    """stop an iteration's update before the minibatch whose KL exceeds this, 0.01 to 0.05; 0: never; default: by task"""
+    """end an iteration's update before the minibatch whose KL exceeds this, 0.01 to 0.05; 0: never; default: by task"""
     norm_adv: bool = True  # normalise advantages in each minibatch
     clip_coef: float = 0.2  # PPO's epsilon
     ent_coef: float = 0.0  # weight of the entropy bonus; actions that do nothing (the gripper of Reach) drift under it
@@ -514,7 +514,7 @@ def evaluate(act, envs, args: Args) -> dict[str, float]:
 
 
 def measure(run: Run, step: int, act, envs, state: dict, args: Args) -> dict[str, float]:
-    """Evaluates; remembers the result and the best one (success, then return); ends the run where that was asked for."""
+    """Evaluates; remembers the result and the best (success, then return); ends the run where that was asked for."""
     state["last"] = metrics = evaluate(act, envs, args) if run.world.main else {}
     success = metrics.get("eval/success_rate", 0.0)
     state["streak"] = state["streak"] + 1 if args.stop_success and success >= args.stop_success else 0
@@ -629,8 +629,8 @@ def train(run: Run, args: Args) -> None:
         state["base"] = {key.replace("eval/", "baseline/"): value for key, value in idle.items()}
         recipe = ", ".join(f"{name} {getattr(args, name)}" for name in RECIPES["other"])
         run.say(
-            f"{args.env_id}: {recipe}; {args.num_envs} environments x {args.num_steps} steps = {run.unit} a batch of "
-            f"{args.num_minibatches} minibatches, {iterations} iterations = {iterations * run.unit:,} steps; {run.folder}"
+            f"{args.env_id}: {recipe}; {args.num_envs} environments x {args.num_steps} steps = {run.unit} a batch, in "
+            f"{args.num_minibatches} minibatches; {iterations} batches = {iterations * run.unit:,} steps; {run.folder}"
         )
         run.write(0, state["base"] | measure(run, 0, act, eval_envs, state, args))
 

@@ -1,18 +1,18 @@
 """PPO on a flow policy: the GR00T that `gr00t_finetune.py` made gets better by trial on the Fetch robot.
 
-    policy      x_0 ~ N(0, I),  x_{k+1} = x_k + v(x_k, k / K) / K,  x_K = the next H actions: it has no density to speak of
-    exploration Flow-SDE: one step of the K is x_{k+1} ~ N(mean(x_k, v), s_k^2), made so that x keeps its marginals (arXiv
-                2510.25889); Flow-Noise: every step is N(x_k + v / K, sigma_phi^2) (arXiv 2505.22094)
+    policy      x_0 ~ N(0, I),  x_{k+1} = x_k + v(x_k, k / K) / K,  x_K = the next H actions: without a density
+    exploration Flow-SDE: one step of the K is x_{k+1} ~ N(mean(x_k, v), s_k^2), made so that x keeps its marginals
+                (arXiv 2510.25889); Flow-Noise: every step is N(x_k + v / K, sigma_phi^2) (arXiv 2505.22094)
     ratio       w = exp(log N(x_{k+1}; new mean) - log N(x_{k+1}; old mean)), summed over the actions that were executed
     advantage   over chunks of C executed actions: R_t = sum_k gamma^k r_k, discount gamma^C (GAE, arXiv 1506.02438)
-    objective   minimise  mean of -min(w A, clip(w, 1 - eps, 1 + eps) A) + c_v (V - R)^2 - c_e H   (PPO, arXiv 1707.06347)
+    objective   minimise  mean of -min(w A, clip(w, 1 - eps, 1 + eps) A) + c_v (V - R)^2 - c_e H (PPO, arXiv 1707.06347)
 
 Every line of the algorithm that is an equation carries it: grep for "eq:". Symbols and results: docs/ppo_gr00t.md.
 `diff ppo_fetch.py ppo_gr00t.py` shows what a flow policy changes. Evaluation is the plain flow, x_0 its only noise.
 Left out on purpose: other simulators, gymnasium's backends (FetchVec is the same bits), training several tasks at once.
 
-Dims: N environments, T chunks, B = N * T decisions, C executed of H = 16 predicted actions, D = 32 padded action dims, of
-which the robot has 4, K steps of the flow, M noisy ones among them, S backbone tokens, U distinct observations.
+Dims: N environments, T chunks, B = N * T decisions, C executed of H = 16 predicted actions, D = 32 padded action dims,
+of which the robot has 4, K steps of the flow, M noisy ones among them, S backbone tokens, U distinct observations.
 
     uv run python ppo_gr00t.py                                   # fine-tunes a weak lite policy, then FetchReach
     uv run python gr00t_finetune.py --model-path lite            # demonstrations -> policy ...
@@ -84,8 +84,8 @@ class Args(GR00TArgs, SimArgs):
     """Flow-SDE: a in the last iteration, reached linearly; noise that shakes the robot hides errors that are smaller;
     default: by task"""
     noisy_step: Literal["last", "any"] = "last"
-    """Flow-SDE: which step is noisy. last: the executed action itself is; any: drawn for each decision, but a policy that
-    is sure of its actions undoes the noise of earlier steps"""
+    """Flow-SDE: which step is noisy. last: the executed action itself is; any: drawn for each decision, but a policy
+    that is sure of its actions undoes the noise of earlier steps"""
     noise_range: tuple[float, float] = (0.08, 0.16)
     """Flow-Noise: bounds of the learned standard deviations, in units of normalised actions"""
 
@@ -116,7 +116,7 @@ class Args(GR00TArgs, SimArgs):
     hidden: int = 128  # width of the critic's two hidden layers
     scale_rewards: bool = True  # divide rewards by the running standard deviation of the discounted return
     amp: Literal["off", "bf16", "fp16"] = "off"
-    """mixed precision of backbone and DiT, bf16 also stores the frozen backbone in bf16; chain and densities stay fp32"""
+    """mixed precision of backbone and DiT, bf16 stores a frozen backbone in bf16 too; chain and densities stay fp32"""
     lora_dropout = 0.0  # no flag: with dropout, old and new policy would differ by it
 
 
@@ -281,8 +281,8 @@ class Agent(nn.Module):
         with self.autocast():
             vl = self.model.process_backbone(features).float()
             vl = vl[index] if len(vl) > 1 else vl  # one row serves all
-        # Of the backbone, not of the head that trains: features that drift would, standardised, drown the critic. And no
-        # gradient of critic or noises reaches the backbone.
+        # Of the backbone, not of the head that trains: features that drift would, standardised, drown the critic. And
+        # no gradient of critic or noises reaches the backbone.
         condition = torch.cat([features.float().mean(1)[index], state], dim=-1).detach()
         return {"vl": vl, "state": state[:, None], "condition": condition}
 
@@ -629,8 +629,8 @@ def rollout(
 def play_chunk(group: Group, actions: np.ndarray, args: Args, draw=None) -> tuple[dict, dict[int, dict], list[dict]]:
     """Executes chunks of actions (n, C, 4); draw() is called after every step.
 
-    Returns rewards and ends, (n,) each; the last observation of each environment that ended; and the whole episodes that
-    ended. What an environment does after its episode's end does not count; it starts anew when the chunk is over.
+    Returns rewards and ends, (n,) each; the last observation of each environment that ended; and the whole episodes
+    that ended. What an environment does after its episode's end does not count; it starts anew when the chunk is over.
     """
     n, envs, last, episodes = len(actions), group.envs, {}, []
     rewards, alive = np.zeros(n), np.ones(n, bool)
@@ -701,7 +701,7 @@ def evaluate(act, envs, args: Args) -> dict[str, float]:
 
 
 def measure(run: Run, step: int, act, envs, state: dict, args: Args) -> dict[str, float]:
-    """Evaluates; remembers the result and the best one (success, then return); ends the run where that was asked for."""
+    """Evaluates; remembers the result and the best (success, then return); ends the run where that was asked for."""
     state["last"] = metrics = evaluate(act, envs, args) if run.world.main else {}
     success = metrics.get("eval/success_rate", 0.0)
     state["streak"] = state["streak"] + 1 if args.stop_success and success >= args.stop_success else 0
@@ -839,8 +839,8 @@ def train(run: Run, args: Args, interface: Interface) -> None:
             group.observe(args)
     else:
         run.say(
-            f"{args.env_id}: {args.num_envs} environments x {args.num_steps} chunks of {args.execute_steps} = {run.unit} "
-            f"steps a batch, {iterations} iterations = {iterations * run.unit:,} steps; {run.folder}"
+            f"{args.env_id}: {args.num_envs} environments x {args.num_steps} chunks of {args.execute_steps} = "
+            f"{run.unit} steps a batch, {iterations} iterations = {iterations * run.unit:,} steps; {run.folder}"
         )
         metrics = measure(run, 0, act, eval_envs, state, args)
         state["base"] = {key.replace("eval/", "baseline/"): value for key, value in metrics.items()}

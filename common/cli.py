@@ -71,8 +71,8 @@ def parse(config_class, description: str):
     for name, (group, text) in described_fields(config_class).items():
         annotated = Annotated[hints[name], tyro.conf.arg(help=text)]
         groups.setdefault(group, []).append((name, annotated, dataclasses.field(default=defaults[name])))
-    parts = [(title.split(":")[0].replace(" ", "_"), dataclasses.make_dataclass("Group", fields))
-             for title, fields in groups.items()]  # fmt: skip
+    names = [title.split(":")[0].replace(" ", "_") for title in groups]
+    parts = [(name, dataclasses.make_dataclass("Group", fields)) for name, fields in zip(names, groups.values())]
     flags = dataclasses.make_dataclass("Flags", [(n, k, dataclasses.field(default_factory=k)) for n, k in parts])
     captured = io.StringIO()
     try:

@@ -208,8 +208,8 @@ class Run:
             self.save(step, state, optimizer, write)
         if stopped and step < self.total and not self.ending:
             self.stopped = True
-            self.say(f"stopped at step {step * self.unit}; continue with: "
-                     f"uv run python {self.script.name} --resume {self.folder}")  # fmt: skip
+            command = f"uv run python {self.script.name} --resume {self.folder}"
+            self.say(f"stopped at step {step * self.unit}; continue with: {command}")
 
     # ---- checkpoints ----
 

@@ -42,8 +42,8 @@ def first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def inverse_cdf(p: torch.Tensor, uniform: torch.Tensor, block: int = 128) -> torch.Tensor:
     """p (B, V) probabilities, uniform (B,) in [0, 1) -> ids (B,).
 
-    Of more than 64 blocks first the block of 128 ids, then the id in it: a running sum over 150,000 numbers is slow on a
-    GPU, and torch 2.11 fails to compile it for a batch of 256 (pytorch#180221).
+    Of more than 64 blocks first the block of 128 ids, then the id in it: a running sum over 150,000 numbers is slow on
+    a GPU, and torch 2.11 fails to compile it for a batch of 256 (pytorch#180221).
     """
     if p.shape[-1] <= 64 * block:
         cdf = p.cumsum(-1)  # eq: a = min { a : sum_{b <= a} p(b) > u }

@@ -271,7 +271,7 @@ def micro_batches(num_prompts: int, G: int, size: int | None) -> list[tuple[slic
 
 
 def replace_groups(roll, new, groups: list[int]):
-    """A rollout with the completions of these of its prompts replaced by those of `new`; the shorter (b, T) ends in 0."""
+    """A rollout with the completions of some of its prompts taken from `new`; the shorter ones end in 0."""
     T, G = max(roll.ids.shape[1], new.ids.shape[1]), len(roll.texts) // len(roll.prompts)
     rows, changed = [group * G + j for group in groups for j in range(G)], {}
     for name, old in vars(roll).items():

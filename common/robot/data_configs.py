@@ -35,8 +35,12 @@ def modes(mode: str | None, *keys: str) -> dict[str, str | None]:
 TASK = "human.action.task_description"
 ARMS = ("left_arm", "right_arm", "left_hand", "right_hand")
 SO100 = modes("min_max", "single_arm", "gripper")
-GENIE = ("left_arm_joint_position", "right_arm_joint_position", "left_effector_position", "right_effector_position",
-         "head_position", "waist_position")  # fmt: skip
+FULL_BODY = modes("min_max", "left_leg", "right_leg", "waist", *ARMS)
+RELATIVE = ("end_effector_position_relative", "end_effector_rotation_relative")
+FETCH = ("gripper_position", "gripper_velocity", "fingers", "finger_velocity", "object_relative")
+FETCH += ("goal", "goal_relative")
+GENIE_ARMS = ("left_arm_joint_position", "right_arm_joint_position")
+GENIE = (*GENIE_ARMS, "left_effector_position", "right_effector_position", "head_position", "waist_position")
 
 
 def bimanual(view: str, hand: str, close: str, state_mode: str, action_mode: str) -> DataConfig:
@@ -60,17 +64,14 @@ DATA_CONFIGS = {
     "so100": DataConfig(("webcam",), SO100, SO100, "human.task_description"),
     "so100_dualcam": DataConfig(("front", "wrist"), SO100, SO100, "human.task_description"),
     "unitree_g1": DataConfig(("rs_view",), modes("min_max", *ARMS), modes("min_max", *ARMS), "human.task_description"),
-    "unitree_g1_full_body": DataConfig(
-        ("rs_view",), modes("min_max", "left_leg", "right_leg", "waist", *ARMS), modes("min_max", *ARMS),
-        "human.task_description",
-    ),
+    "unitree_g1_full_body": DataConfig(("rs_view",), FULL_BODY, modes("min_max", *ARMS), "human.task_description"),
     "bimanual_panda_gripper": bimanual("front_view", "gripper_qpos", "gripper_close", "min_max", "binary"),
     "bimanual_panda_hand": bimanual("ego_view", "hand", "hand", "min_max", "min_max"),
     "single_panda_gripper": DataConfig(
         ("left_view", "right_view", "wrist_view"),
-        modes("min_max", "end_effector_position_relative", "end_effector_rotation_relative", "gripper_qpos",
-              "base_position", "base_rotation"),
-        modes("min_max", "end_effector_position", "end_effector_rotation") | {"gripper_close": "binary"}
+        modes("min_max", *RELATIVE, "gripper_qpos", "base_position", "base_rotation"),
+        modes("min_max", "end_effector_position", "end_effector_rotation")
+        | {"gripper_close": "binary"}
         | {"base_motion": "min_max", "control_mode": "binary"},
         TASK,
         {"state.end_effector_rotation_relative": "rotation_6d", "state.base_rotation": "rotation_6d"},
@@ -83,17 +84,15 @@ DATA_CONFIGS = {
         {"state.eef_rotation": "rotation_6d", "action.eef_rotation_delta": "axis_angle"},
     ),
     "agibot_genie1": DataConfig(
-        ("top_head", "hand_left", "hand_right"), modes("min_max", *GENIE), modes("min_max", *GENIE, "robot_velocity"),
+        ("top_head", "hand_left", "hand_right"),
+        modes("min_max", *GENIE),
+        modes("min_max", *GENIE, "robot_velocity"),
         "language.action_text",
     ),
     "fetch": DataConfig(  # assets/fetch_demos without the block's rotation and velocities: noise to a cloned policy
-        ("front",),
-        modes("min_max", "gripper_position", "gripper_velocity", "fingers", "finger_velocity", "object_relative",
-              "goal", "goal_relative"),
-        modes("min_max", "displacement", "gripper"),
-        "human.task_description",
+        ("front",), modes("min_max", *FETCH), modes("min_max", "displacement", "gripper"), "human.task_description"
     ),
-}  # fmt: skip
+}
 
 
 def find_data_config(name: str, modality: dict) -> DataConfig:

@@ -8,8 +8,8 @@ import torch
 class FeatureCache:
     """What the backbone saw and said in one rollout, each distinct observation once.
 
-    A frozen backbone says the same in every epoch, so its features are kept; of one that trains only the images are, and
-    it runs again in every minibatch. Without a camera there is one observation: the instruction.
+    A frozen backbone says the same in every epoch, so its features are kept; of one that trains only the images are,
+    and it runs again in every minibatch. Without a camera there is one observation: the instruction.
 
     agent: see `Agent` of ppo_gr00t.py; its `backbone`, `look` and `prompt` are used.
     """
@@ -36,7 +36,7 @@ class FeatureCache:
         return torch.tensor([self.index[key] for key in keys], device=self.agent.prompt.device)
 
     def look(self, index: torch.Tensor, state: torch.Tensor, fresh: bool = False) -> dict[str, torch.Tensor]:
-        """The agent's look at observations (B,) of this cache; `fresh`: of a backbone that trains, with its gradient."""
+        """The agent's look at observations (B,) of this cache; `fresh`: of a backbone that trains, with gradient."""
         distinct, inverse = index.unique(return_inverse=True)
         if fresh and not self.frozen:
             images = torch.stack([self.images[i] for i in distinct.tolist()]) if self.images else None

@@ -113,10 +113,11 @@ class FetchVec(VectorEnv):
 
         # one simulator state per environment, and views into it that stay valid as long as it lives
         self._data = [mujoco.MjData(m) for _ in range(num_envs)]
+        body = self._body
         self._views = [
-            (d.mocap_pos[0], d.mocap_quat[0], d.xpos[self._body], d.xquat[self._body], d.qpos[qpos], d.qvel[qvel], d.qvel)
+            (d.mocap_pos[0], d.mocap_quat[0], d.xpos[body], d.xquat[body], d.qpos[qpos], d.qvel[qvel], d.qvel)
             for d in self._data
-        ]  # fmt: skip
+        ]
         self._goal = np.zeros((num_envs, 3))
         self.elapsed = np.zeros(num_envs, dtype=np.int64)  # steps taken in the running episode; may be set
         self._rng: list[np.random.Generator | None] = [None] * num_envs

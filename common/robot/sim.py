@@ -66,8 +66,8 @@ def check_numbers(args, batch_steps: int, world: World) -> None:
     turn = world.size * args.env_groups
     if args.num_envs % turn:
         fail(
-            f"--num-envs {args.num_envs} does not divide into {world.size} process(es) x --env-groups {args.env_groups}; "
-            f"try --num-envs {max(args.num_envs // turn, 1) * turn} or --env-groups 1"
+            f"--num-envs {args.num_envs} does not divide into {world.size} process(es) x --env-groups "
+            f"{args.env_groups}; try --num-envs {max(args.num_envs // turn, 1) * turn} or --env-groups 1"
         )
     rows = args.num_envs * args.num_steps
     if rows % args.num_minibatches:
@@ -124,7 +124,7 @@ def successors(next_obs, infos: dict, dones: np.ndarray):
 
 
 def success_flags(infos: dict, dones: np.ndarray) -> np.ndarray | None:
-    """(N,) bool `is_success` of the step just taken, also where it ended an episode; None: the task has no such thing."""
+    """(N,) bool `is_success` of the step just taken, also where it ended an episode; None: the task has none."""
     now, final = infos.get("is_success"), infos.get("final_info", {}).get("is_success")
     if now is None and final is None:
         return None
@@ -200,7 +200,7 @@ def video_row(episode: dict) -> dict:
     return {names.get(key, key): value for key, value in episode.items()}
 
 
-# ---- checkpoints: a group is anything with `envs`, `episodes` and `rows`, its slice of the process's environments -----
+# ---- checkpoints: a group is anything with `envs`, `episodes` and `rows`, its slice of the environments --------------
 
 
 def save(folder: Path | None, groups: list, carry: torch.Tensor, scaler, world: World) -> dict:
