@@ -1,9 +1,11 @@
 """Shared fixtures: small random models of several architectures, and the bundled tokenizer."""
 
 import importlib.util
+import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -32,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 torch.backends.cuda.enable_cudnn_sdp(False)  # as join_world leaves a GPU
 
 from assets.build_tiny_qwen2 import batches  # noqa: E402
+from common.cli import parse  # noqa: E402
 
 VOCAB = 264  # five ids more than the bundled tokenizer has
 SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -92,6 +95,42 @@ def fetch_metadata() -> dict:
     config = DATA_CONFIGS["fetch"]
     sets = read_mixture([ROOT / "assets" / "fetch_demos"], config, "fetch")
     return make_metadata(sets, config, [1.0], "new_embodiment")
+
+
+def run_script(module, argv: list[str], monkeypatch) -> int:
+    """Runs a script's main() in this process, which keeps its signals, threads and kernels; returns the exit code."""
+    monkeypatch.setattr(sys, "argv", argv)
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(SystemExit) as stop:
+            module.main(parse(module.Args, module.__doc__))
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+    return stop.value.code
+
+
+def flags_of(**flags) -> list[str]:
+    """num_envs=3, stagger=False -> --num-envs 3 --no-stagger; None is left out."""
+    argv = []
+    for name, value in flags.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None:
+            argv += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    return argv
+
+
+def rows(run_dir: Path, name="metrics") -> list[dict]:
+    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
+
+
+def timeless(run_dir: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(run_dir)]
 
 
 def free_port() -> str:

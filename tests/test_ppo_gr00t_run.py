@@ -1,7 +1,6 @@
 """Whole runs of ppo_gr00t.py: parity with gr00t_finetune.py, chunks in the simulator, resume, what it refuses."""
 
 import json
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, flags_of, rows, run_script, timeless
 from safetensors.torch import load_file
 from test_docs import documented_metrics
 from test_ppo_math import WORLD
@@ -22,7 +21,7 @@ from common.cli import parse
 from common.robot import fetch
 from common.robot.fetch_robot import read_interface
 from common.robot.gr00t_n15 import GR00T, GR00TConfig
-from common.robot.policy import Stored, read_stored
+from common.robot.policy import read_stored
 from common.robot.video import no_renderer
 from ppo_gr00t import Args
 
@@ -33,18 +32,10 @@ RUN = dict(  # FetchReach, 3 iterations of 4 x 2 chunks of 5
 )  # fmt: skip
 
 
-def metadata() -> dict:
-    """Statistics of the bundled demonstrations, as gr00t_finetune.py stores them."""
-    args = replace(gr00t_finetune.Args(), model_path="lite")
-    args = gr00t_finetune.resolve(args)
-    return gr00t_finetune.read_data(args, Stored("lite"))[2]
-
-
 @pytest.fixture(scope="module")
-def policies(tmp_path_factory):
+def policies(tmp_path_factory, fetch_metadata):
     """Checkpoints in the published layout, random weights: a lite one and a tiny one that sees."""
-    stored, folders = metadata(), {}
-    stored["new_embodiment"]["modalities"]["video"] = {"front": {"resolution": [96, 96], "channels": 3, "fps": 25.0}}
+    stored, folders = {"new_embodiment": fetch_metadata}, {}
     for name, config in {
         "lite": GR00TConfig.lite(**SMALL),
         "tiny": GR00TConfig.tiny(image_size=32, patch_size=16, **(SMALL | dict(vl_heads=4, vl_head_dim=16))),
@@ -66,36 +57,13 @@ def run(tmp_path, monkeypatch, policies):
     """Runs main() in this process; returns (exit code, run folder)."""
 
     def start(**flags):
-        argv, base = ["ppo_gr00t.py"], {"output_dir": str(tmp_path / "runs"), "model_path": str(policies["lite"])} | RUN
-        for name, value in (flags if "resume" in flags else base | flags).items():
-            flag = "--" + name.replace("_", "-")
-            if isinstance(value, bool):
-                argv.append(flag if value else flag.replace("--", "--no-", 1))
-            elif value is not None:
-                argv += [flag, *([str(v) for v in value] if isinstance(value, tuple) else [str(value)])]
-        monkeypatch.setattr(sys, "argv", argv)
-        handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
-        threads = torch.get_num_threads()
-        try:
-            with pytest.raises(SystemExit) as stop:
-                p.main(parse(Args, p.__doc__))
-        finally:
-            for number, handler in handlers:
-                signal.signal(number, handler)
-            torch.use_deterministic_algorithms(False)
-            torch.set_num_threads(threads)
+        base = {"output_dir": tmp_path / "runs", "model_path": policies["lite"]} | RUN
+        argv = flags_of(**flags if "resume" in flags else base | flags)
+        code = run_script(p, ["ppo_gr00t.py", *argv], monkeypatch)
         runs = sorted((tmp_path / "runs" / "ppo_gr00t").glob("*"), key=lambda path: path.stat().st_mtime)
-        return stop.value.code, runs[-1] if runs else None
+        return code, runs[-1] if runs else None
 
     return start
-
-
-def rows(run_dir: Path, name="metrics"):
-    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
-
-
-def timeless(run_dir: Path):
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(run_dir)]
 
 
 def loaded(policy: Path, **changes):

@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, two_forks
+from conftest import ROOT, flags_of, rows, run_script, timeless, two_forks
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from safetensors.torch import load_file
 from test_docs import documented_metrics
@@ -20,7 +20,6 @@ from test_ppo_math import WORLD
 
 import ppo_fetch
 from common import streams
-from common.cli import parse
 from common.robot import fetch, sim
 from ppo_fetch import Agent, Args, Group, features, finish_step, gae, rollout
 
@@ -36,37 +35,12 @@ def run(tmp_path, monkeypatch):
     """Runs main() in this process; returns (exit code, run folder)."""
 
     def start(**flags):
-        argv = ["ppo_fetch.py"]
-        place = {} if "resume" in flags else {"output_dir": str(tmp_path / "runs")}
-        for name, value in (place | flags).items():
-            flag = "--" + name.replace("_", "-")
-            if isinstance(value, bool):
-                argv.append(flag if value else flag.replace("--", "--no-", 1))
-            else:
-                argv += [flag, str(value)]
-        monkeypatch.setattr(sys, "argv", argv)
-        handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
-        threads = torch.get_num_threads()
-        try:
-            with pytest.raises(SystemExit) as stop:
-                ppo_fetch.main(parse(Args, ppo_fetch.__doc__))
-        finally:
-            for number, handler in handlers:
-                signal.signal(number, handler)
-            torch.use_deterministic_algorithms(False)
-            torch.set_num_threads(threads)
+        place = {} if "resume" in flags else {"output_dir": tmp_path / "runs"}
+        code = run_script(ppo_fetch, ["ppo_fetch.py", *flags_of(**place | flags)], monkeypatch)
         runs = sorted((tmp_path / "runs" / "ppo_fetch").glob("*"), key=lambda p: p.stat().st_mtime)
-        return stop.value.code, runs[-1] if runs else None
+        return code, runs[-1] if runs else None
 
     return start
-
-
-def rows(run_dir: Path, name="metrics"):
-    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
-
-
-def timeless(run_dir: Path):
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(run_dir)]
 
 
 def same_weights(a: Path, b: Path) -> bool:
