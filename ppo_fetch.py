@@ -675,7 +675,8 @@ def train(run: Run, args: Args) -> None:
             "time/SPS": run.unit / run.seconds.total(),
         }
         if not metrics["losses/first_ratio_error"] <= 1e-3:
-            run.warn(step + 1, {"ratio": "before any update the ratio is not 1: rollout and update differ"})
+            off = f"before any update the ratio is off by {metrics['losses/first_ratio_error']:.1e}"
+            run.warn(step + 1, {"ratio": f"{off}: rollout and update do not compute the same policy"})
 
         # ---- 5. evaluate, film, save, stop ----
         if run.due(step + 1, args.eval_every):

@@ -898,7 +898,8 @@ def train(run: Run, args: Args, interface: Interface) -> None:
         if world.device.type == "cuda":
             metrics["time/memory_gb"] = torch.cuda.max_memory_allocated(world.device) / 1e9
         if not metrics.get("losses/first_ratio_error", 0.0) <= (1e-3 if args.amp == "off" else 0.1):
-            run.warn(step + 1, {"ratio": "before any update the ratio is not 1: rollout and update differ"})
+            off = f"before any update the ratio is off by {metrics['losses/first_ratio_error']:.1e}"
+            run.warn(step + 1, {"ratio": f"{off}: rollout and update do not compute the same policy"})
 
         # ---- 5. evaluate, film, save, stop ----
         if run.due(step + 1, args.eval_every):
