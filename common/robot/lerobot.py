@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from common.cli import fail
 from common.robot import files
 from common.robot.files import read_json, read_lines
+from common.robot.transforms import shrink
 
 HINT = "without it this is not a LeRobot data set"
 STATISTICS = ("max", "min", "mean", "std", "q01", "q99")  # of each key, in stats.json and metadata.json
@@ -207,12 +206,7 @@ def decode(file: Path, rows: int, side: int) -> np.ndarray:
         with av.open(str(file)) as container:
             container.streams.video[0].thread_type = "AUTO"
             for frame in container.decode(video=0):
-                pixels = frame.to_ndarray(format="rgb24")
-                if side and max(pixels.shape[:2]) > side:
-                    x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
-                    x = F.interpolate(x, (side, side), mode="bilinear", align_corners=False, antialias=True)
-                    pixels = x[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
-                frames.append(pixels)
+                frames.append(shrink(frame.to_ndarray(format="rgb24"), side))
     except av.FFmpegError as error:
         fail(f"{file} cannot be decoded: {error}")
     if len(frames) != rows:

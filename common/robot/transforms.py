@@ -211,6 +211,15 @@ def jitter(x: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     return x
 
 
+def shrink(frame: np.ndarray, side: int) -> np.ndarray:
+    """A frame (H, W, 3) uint8 as the cache keeps it: one larger than `side` (0: never) becomes (side, side, 3)."""
+    if not side or max(frame.shape[:2]) <= side:
+        return frame
+    x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
+    x = F.interpolate(x, (side, side), mode="bilinear", align_corners=False, antialias=True)
+    return x[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
+
+
 def transform_images(frames: np.ndarray, size: int, rng: np.random.Generator | None = None) -> torch.Tensor:
     """Frames of one sample (V, H, W, 3) uint8 -> (V, 3, size, size) uint8: crop, resize, with `rng` also jitter.
 
@@ -256,7 +265,7 @@ def load_tokenizer(source: str, image_token_id: int | None):
     from transformers import Qwen2Tokenizer
 
     try:
-        tokenizer = Qwen2Tokenizer.from_pretrained(source)
+        tokenizer = Qwen2Tokenizer.from_pretrained(source, trust_remote_code=False)
         if len(tokenizer) < 256:  # nothing found makes an empty one
             raise ValueError("it has no vocabulary, or the hub cannot be reached")
     except Exception as error:  # offline, no such repository, no vocabulary in the folder
