@@ -35,11 +35,12 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
+from annotated_types import Interval
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from common.cli import at_least, fail, flag, parse, positive
+from common.cli import Count, Name, Natural, NonNegative, Partial, Positive, Text, Threads, fail, parse
 from common.parallel import World, clip_gradients, shard, sum_gradients
 from common.robot.data_configs import find_data_config
 from common.robot.demonstrations import Demonstrations, Split, make_metadata, prepared, read_mixture
@@ -64,54 +65,57 @@ Batch = dict[str, Tensor]
 @dataclass
 class Args(GR00TArgs, RunArgs):
     # run
-    exp_name: str = "gr00t_finetune"
+    exp_name: Name = "gr00t_finetune"
     tags: tuple[str, ...] = ("gr00t", "flow-matching")
-    torch_threads: int | None = None  # CPU threads of torch; default: torch's own choice
-    save_every: Annotated[int, tyro.conf.arg(aliases=["--save-steps"])] = 1000
+    torch_threads: Threads | None = None  # CPU threads of torch; default: torch's own choice
+    save_every: Annotated[Natural, tyro.conf.arg(aliases=["--save-steps"])] = 1000
     """optimizer steps between checkpoints, 0: only at the end"""
 
     # data
-    dataset_path: tuple[str, ...] | None = None
+    dataset_path: tuple[Text, ...] | None = None
     """LeRobot v2.0 / v2.1 folders or hub ids (user/name or user/name@revision); several make a mixture;
     default: the checkpoint's with --eval-only, assets/fetch_demos otherwise"""
-    val_episodes: int | None = None  # episodes held out of each data set, evenly spaced; default: a tenth, at least 1
-    max_samples: int | None = None  # train on this many frames, drawn at random from all data sets; default: all
+    val_episodes: Natural | None = None
+    """episodes held out of each data set, evenly spaced; default: a tenth, at least 1"""
+    max_samples: Count | None = None  # train on this many frames, drawn at random from all data sets; default: all
     balance_dataset_weights: bool = True
     """several data sets: draw them in proportion to their frames; off: equally often"""
     balance_trajectory_weights: bool = True
     """several data sets: draw episodes in proportion to their frames; off: equally often"""
-    num_workers: int = 0  # processes that prepare batches; 0: in the training process
-    cache_side: int = 256
+    num_workers: Annotated[int, Interval(ge=0, le=1024)] = 0
+    """processes that prepare batches; 0: in the training process"""
+    cache_side: Natural = 256
     """frames larger than this are cached at SIDE x SIDE (30 times less disk for 1080p); 0: always cache as recorded"""
-    cache_dir: str | None = None  # folder of the memory-mapped frame cache; default: <output-dir>/frame_cache
+    cache_dir: Text | None = None  # folder of the memory-mapped frame cache; default: <output-dir>/frame_cache
     prompt_form: Literal["plain", "bracketed"] = "plain"
     """bracketed: the instruction as ['…'], which the reference's inference writes by accident"""
 
     # model
-    model_path: str = "tiny"
+    model_path: Text = "tiny"
     """tiny, lite, a folder in the published layout, a run folder, or a hub id such as nvidia/GR00T-N1.5-3B"""
-    data_config: str | None = None
+    data_config: Text | None = None
     """cameras, joints, normalisation: one of common/robot/data_configs.py, auto (all of modality.json), or module:NAME;
     default: the checkpoint's with --eval-only, fetch for a Fetch robot, fourier_gr1_arms_only otherwise"""
-    lora_dropout: float = 0.1  # dropout before the adapters
+    lora_dropout: Partial = 0.1  # dropout before the adapters
     mask_padding: bool = False  # keep pad tokens out of the action head's attention (the reference lets them in)
 
     # update
-    max_steps: int | None = None  # optimizer steps; default: by model size, 10,000 for the full one
-    batch_size: int | None = None
+    max_steps: Count | None = None  # optimizer steps; default: by model size, 10,000 for the full one
+    batch_size: Count | None = None
     """samples of an optimizer step, over all processes; default: by model size, 32 for the full one"""
-    noises_per_sample: int | None = None
+    noises_per_sample: Count | None = None
     """noises and times of the flow drawn for each sample, 1 to 8: the backbone runs once for all; default: by model
     size, 1 for the full one as in the reference"""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Count = 1
     """micro-batches that a batch is cut into; the result is that of the whole batch"""
-    learning_rate: float | None = None  # AdamW step size at its peak; default: by model size, 1e-4 for the full one
-    adam_betas: tuple[float, float] | None = None
+    learning_rate: Positive | None = None  # AdamW step size at its peak; default: by model size, 1e-4 for the full one
+    adam_betas: tuple[Partial, Partial] | None = None
     """AdamW's memory of gradients and of their squares; default: by model size, 0.95 0.999 for the full one"""
-    weight_decay: float = 1e-5  # AdamW decay of matrices; biases and LayerNorms have none
-    warmup_ratio: float = 0.05
+    weight_decay: NonNegative = 1e-5  # AdamW decay of matrices; biases and LayerNorms have none
+    warmup_ratio: Partial = 0.05
     """share of the steps that raise the step size from 0; a half cosine lowers it to 0 afterwards"""
-    max_grad_norm: float | None = None  # gradient clipping; default: by model size, 1 for the full one
+    max_grad_norm: NonNegative | None = None
+    """gradient norm to clip to, 0: never; default: by model size, 1 for the full one"""
     amp: Literal["auto", "off", "bf16"] = "auto"  # mixed precision; auto: bf16 on a GPU, off on a CPU
     augment: bool = True  # random crop and colour jitter
 
@@ -122,17 +126,18 @@ class Args(GR00TArgs, RunArgs):
     """several processes share one copy of weights, gradients and AdamW moments (FSDP) instead of a copy each"""
 
     # evaluation
-    log_every: int = 10  # steps between lines of metrics
-    eval_every: int | None = None
+    log_every: Count = 10  # steps between lines of metrics
+    eval_every: Natural | None = None
     """steps between measurements of the validation loss, 0: only at the end; default: a fifth of the run"""
-    eval_batches: int = 8  # validation batches, always the same frames and noise
-    eval_trajs: int | None = None  # held-out episodes of the open-loop evaluation; default: all
-    eval_steps: int = 150  # steps of each, at most
-    denoising_steps: int = 4  # Euler steps K of the policy
-    denoising_sweep: tuple[int, ...] = (1, 2, 4, 8)  # other numbers of Euler steps to measure at the end
+    eval_batches: Count = 8  # validation batches, always the same frames and noise
+    eval_trajs: Count | None = None  # held-out episodes of the open-loop evaluation; default: all
+    eval_steps: Count = 150  # steps of each, at most
+    denoising_steps: Count = 4  # Euler steps K of the policy
+    denoising_sweep: tuple[Count, ...] = (1, 2, 4, 8)  # other numbers of Euler steps to measure at the end
     closed_loop: bool = True  # let the policy act in the Fetch simulator, where the data is of it
-    closed_loop_episodes: int = 100  # episodes of each task, always the same ones
-    execute_steps: int = 8  # actions taken of each predicted chunk of 16 before the next look
+    closed_loop_episodes: Count = 100  # episodes of each task, always the same ones
+    execute_steps: Annotated[int, Interval(ge=1, le=HORIZON)] = 8
+    """actions taken of each predicted chunk of 16 before the next look"""
 
 
 # What differs by model size where a flag is not given.
@@ -170,15 +175,6 @@ def resolve(args: Args) -> Args:
 
 def check(args: Args, world: World) -> None:
     """What can be wrong with the flags alone."""
-    at_least(1, args, "max_steps", "batch_size", "gradient_accumulation_steps", "noises_per_sample", "max_samples")
-    at_least(1, args, "log_every", "eval_batches", "eval_steps", "denoising_steps", "closed_loop_episodes")
-    at_least(0, args, "num_workers", "save_every", "eval_every", "weight_decay", "cache_side", "val_episodes")
-    at_least(0, args, "lora_rank")
-    positive(args, "learning_rate", "lora_alpha")
-    if min(args.denoising_sweep, default=1) < 1:
-        fail("--denoising-sweep: numbers of Euler steps are at least 1")
-    if not 1 <= args.execute_steps <= HORIZON:
-        fail(f"--execute-steps {args.execute_steps}: a predicted chunk has {HORIZON} actions; give 1 to {HORIZON}")
     parts = world.size * args.gradient_accumulation_steps
     if args.batch_size % parts:
         fail(
@@ -186,11 +182,6 @@ def check(args: Args, world: World) -> None:
             f"--gradient-accumulation-steps {args.gradient_accumulation_steps}; "
             f"try --batch-size {max(args.batch_size // parts, 1) * parts}"
         )
-    for name in ("warmup_ratio", "lora_dropout"):
-        if not 0 <= getattr(args, name) < 1:
-            fail(f"{flag(name)} {getattr(args, name):g}: must lie in [0, 1)")
-    if not 0 <= min(args.adam_betas) <= max(args.adam_betas) < 1:
-        fail(f"--adam-betas {args.adam_betas[0]:g} {args.adam_betas[1]:g}: both lie in [0, 1)")
     if args.lora_rank and args.model_path in FRESH:
         fail(f"--lora-rank adapts a trained model; {args.model_path} is a fresh one: give --model-path a checkpoint")
     if args.lora_rank and (args.tune_llm or args.tune_visual or not args.tune_diffusion_model):

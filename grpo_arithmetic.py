@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.cli import fail, parse
+from common.cli import Count, Fraction, Natural, NonNegative, Positive, Several, Share, Temperature, Text, fail, parse
 from common.language import lm, watch
 from common.language.data import read_rows
 from common.language.decode import Decoder, inverse_cdf, pad_right
@@ -48,7 +48,7 @@ class Args(LMArgs, RunArgs):
     # task
     dataset_type: Literal["arithmetic", "small_numbers"] = "arithmetic"
     """arithmetic: operands 0-20; small_numbers: 0-10"""
-    n_samples: int | None = None
+    n_samples: Count | None = None
     """number of different training problems; default: 100, below 50 M parameters 1000, or all there are"""
     exclude_eval: bool = True  # keep the problems of the evaluation set out of the training problems
     min_num: int | None = None  # smallest operand; default: that of the data set type
@@ -60,35 +60,39 @@ class Args(LMArgs, RunArgs):
     reward_weights: tuple[float, ...] | None = None  # weight of each reward, in their order; default: 1 each
 
     # rollout
-    batch_size: int = 256  # completions per step B, over all processes
-    num_generations: int = 16  # completions per prompt G, 2 to 64
-    temperature: float = 0.7  # sampling temperature in (0, 2]; every log-prob is that of the tempered distribution
-    max_completion_length: int = 16  # new tokens at most
+    batch_size: Count = 256  # completions per step B, over all processes
+    num_generations: Several = 16
+    """completions per prompt G, each compared with the others; 4 to 64 are usual"""
+    temperature: Temperature = 0.7
+    """sampling temperature, 0.5 to 1.5; every log-prob is that of the tempered distribution"""
+    max_completion_length: Count = 16  # new tokens at most
 
     # update
-    epochs: int | None = None
+    epochs: Count | None = None
     """passes over the training problems; steps = epochs * (n_samples // prompts per step); default: 50, if small 12"""
-    learning_rate: float | None = None  # peak AdamW learning rate; default: 5e-6, below 50 M parameters 3e-4
-    warmup_ratio: float = 0.1
+    learning_rate: Positive | None = None  # peak AdamW learning rate; default: 5e-6, below 50 M parameters 3e-4
+    warmup_ratio: Share = 0.1
     """share of the steps in which the learning rate rises, 0 to 1; then it falls to zero in a line"""
-    weight_decay: float = 0.01  # AdamW weight decay
-    max_grad_norm: float = 1.0  # gradient norm to clip to
+    weight_decay: NonNegative = 0.01  # AdamW weight decay
+    max_grad_norm: NonNegative = 1.0  # gradient norm to clip to, 0: never
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"  # how token losses are averaged, see grpo_loss
-    beta: float = 0.1  # weight of the KL penalty, 0 (no reference model) to 0.2
+    beta: NonNegative = 0.1  # weight of the KL penalty, 0 (no reference model) to 0.2
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """what advantages are divided by: std of the group, of the batch, or nothing"""
-    epsilon: float = 0.2  # lower clip range of the ratio, and the upper one unless epsilon_high is given
-    epsilon_high: float | None = None  # upper clip range of the ratio; 0.28 is DAPO's clip-higher
-    num_iterations: int = 1  # optimizer steps on each batch of completions, 1 to 4
+    epsilon: Fraction = 0.2
+    """lower clip range of the ratio, and the upper one unless epsilon_high is given"""
+    epsilon_high: Positive | None = None  # upper clip range of the ratio; 0.28 is DAPO's clip-higher
+    num_iterations: Count = 1  # optimizer steps on each batch; 1 to 4 are usual
     mask_truncated_completions: bool = False  # leave completions without an end token out of the loss
 
     # evaluation
-    eval_dataset: str = str(lm.ASSETS / "arithmetic_eval.jsonl")
+    eval_dataset: Text = str(lm.ASSETS / "arithmetic_eval.jsonl")
     """JSONL file or hub id with columns prompt and answer, such as morgan/arithmetic_eval"""
-    eval_every: int = 50  # steps between evaluations, 0: only before and after
-    eval_samples: int = 16  # samples per problem k, for the sampled accuracy and pass@k
-    eval_temperature: float = 0.7  # temperature of these samples
-    early_stopping_patience: int | None = None  # stop after this many evaluations without a better validation accuracy
+    eval_every: Natural = 50  # steps between evaluations, 0: only before and after
+    eval_samples: Count = 16  # samples per problem k, for the sampled accuracy and pass@k
+    eval_temperature: NonNegative = 0.7  # temperature of these samples, 0: greedy
+    early_stopping_patience: Count | None = None
+    """stop after this many evaluations without a better validation accuracy"""
 
 
 def resolve(args: Args, config, excluded: set[str]) -> Args:

@@ -26,13 +26,14 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 
-from common.cli import at_least, fail, parse
+from common.cli import Count, Fraction, Natural, NonNegative, Positive, Several, Share, Temperature, Text, fail, parse
 from common.language import lm, watch
 from common.language.data import read_rows
 from common.language.decode import Decoder, inverse_cdf, pad_right
@@ -53,13 +54,13 @@ class Args(LMArgs, RunArgs):
     dataset_type: Literal["mixed", "small_numbers"] = "mixed"  # mixed: numbers 0-20; small_numbers: 0-10
     tasks: tuple[str, ...] = ("arithmetic", "words", "comparison")
     """tasks of the mixture: arithmetic, words, letters, comparison, binary, word_problems"""
-    proportions: tuple[float, ...] | None = None
+    proportions: tuple[Annotated[float, Interval(ge=1e-3, le=1e3)], ...] | None = None
     """share of each task, in their order; default: 2 for the first, 1 for each other"""
     sampling: Literal["proportional", "balanced", "adaptive"] = "proportional"
     """shares of a step: as given, equal, or as given times p (1 - p), p being the task's solve rate so far"""
-    word_problems: str = "openai/gsm8k"
+    word_problems: Text = "openai/gsm8k"
     """JSONL file or hub id with columns question and answer, for the task word_problems"""
-    n_samples: int | None = None  # number of training problems of all tasks; default: 150, below 50 M parameters 1000
+    n_samples: Count | None = None  # number of training problems of all tasks; default: 150, below 50 M parameters 1000
     exclude_eval: bool = True  # keep the problems of the evaluation set out of the training problems
     min_num: int | None = None  # smallest operand; default: that of the data set type
     max_num: int | None = None  # largest operand; default: that of the data set type
@@ -72,38 +73,42 @@ class Args(LMArgs, RunArgs):
     reward_weights: tuple[float, ...] | None = None  # weight of each reward, in their order; default: 1 each
 
     # rollout
-    batch_size: int = 240  # completions per step B, over all processes
-    num_generations: int = 16  # completions per prompt G, 2 to 64
-    temperature: float = 0.7  # sampling temperature in (0, 2]; every log-prob is that of the tempered distribution
-    max_completion_length: int = 16  # new tokens at most
-    refill: int = 0
+    batch_size: Count = 240  # completions per step B, over all processes
+    num_generations: Several = 16
+    """completions per prompt G, each compared with the others; 4 to 64 are usual"""
+    temperature: Temperature = 0.7
+    """sampling temperature, 0.5 to 1.5; every log-prob is that of the tempered distribution"""
+    max_completion_length: Count = 16  # new tokens at most
+    refill: Natural = 0
     """replace groups without spread by other problems' groups, up to so many times a step (dynamic sampling)"""
 
     # update
-    epochs: int | None = None
+    epochs: Count | None = None
     """passes over the training problems; steps = epochs * (n_samples // prompts per step); default: 50, if small 6"""
-    learning_rate: float | None = None  # peak AdamW learning rate; default: 5e-6, below 50 M parameters 3e-4
-    warmup_ratio: float = 0.1
+    learning_rate: Positive | None = None  # peak AdamW learning rate; default: 5e-6, below 50 M parameters 3e-4
+    warmup_ratio: Share = 0.1
     """share of the steps in which the learning rate rises, 0 to 1; then it falls to zero in a line"""
-    weight_decay: float = 0.01  # AdamW weight decay
-    max_grad_norm: float = 1.0  # gradient norm to clip to
+    weight_decay: NonNegative = 0.01  # AdamW weight decay
+    max_grad_norm: NonNegative = 1.0  # gradient norm to clip to, 0: never
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"  # how token losses are averaged, see grpo_loss
-    beta: float = 0.1  # weight of the KL penalty, 0 (no reference model) to 0.2
+    beta: NonNegative = 0.1  # weight of the KL penalty, 0 (no reference model) to 0.2
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """what advantages are divided by: std of the group, of the batch, or nothing"""
-    epsilon: float = 0.2  # lower clip range of the ratio, and the upper one unless epsilon_high is given
-    epsilon_high: float | None = None  # upper clip range of the ratio; 0.28 is DAPO's clip-higher
-    num_iterations: int = 1  # optimizer steps on each batch of completions, 1 to 4
+    epsilon: Fraction = 0.2
+    """lower clip range of the ratio, and the upper one unless epsilon_high is given"""
+    epsilon_high: Positive | None = None  # upper clip range of the ratio; 0.28 is DAPO's clip-higher
+    num_iterations: Count = 1  # optimizer steps on each batch; 1 to 4 are usual
     mask_truncated_completions: bool = False  # leave completions without an end token out of the loss
 
     # evaluation
-    eval_dataset: str = str(lm.ASSETS / "arithmetic_eval.jsonl")
+    eval_dataset: Text = str(lm.ASSETS / "arithmetic_eval.jsonl")
     """JSONL file or hub id with columns prompt and answer, such as morgan/arithmetic_eval"""
-    eval_every: int = 50  # steps between evaluations, 0: only before and after
-    eval_samples: int = 16  # samples per problem k, for the sampled accuracy and pass@k
-    eval_temperature: float = 0.7  # temperature of these samples
-    early_stopping_patience: int | None = None  # stop after this many evaluations without a better validation accuracy
-    task_eval_problems: int = 100  # held-out problems of each task, as far as so many exist
+    eval_every: Natural = 50  # steps between evaluations, 0: only before and after
+    eval_samples: Count = 16  # samples per problem k, for the sampled accuracy and pass@k
+    eval_temperature: NonNegative = 0.7  # temperature of these samples, 0: greedy
+    early_stopping_patience: Count | None = None
+    """stop after this many evaluations without a better validation accuracy"""
+    task_eval_problems: Count = 100  # held-out problems of each task, as far as so many exist
 
 
 def resolve(args: Args, config) -> Args:
@@ -121,17 +126,16 @@ def resolve(args: Args, config) -> Args:
         fail(f"--min-num {args.min_num} must be below --max-num {args.max_num}")
     if unknown := [task for task in args.tasks if task not in TASKS]:
         fail(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
-    if not args.tasks or len(set(args.tasks)) < len(args.tasks) or args.task_eval_problems < 1:
-        fail("--tasks needs at least one task, each once, and --task-eval-problems at least 1")
-    if len(args.proportions) != len(args.tasks) or min(args.proportions) <= 0:
-        fail(f"--proportions needs {len(args.tasks)} numbers above 0, one for each of --tasks {' '.join(args.tasks)}")
+    if not args.tasks or len(set(args.tasks)) < len(args.tasks):
+        fail("--tasks needs at least one task, each once")
+    if len(args.proportions) != len(args.tasks):
+        fail(f"--proportions needs {len(args.tasks)} numbers, one for each of --tasks {' '.join(args.tasks)}")
     return args
 
 
 def check(args: Args, world: World) -> None:
     """Every wrong combination of flags ends here, before a model is loaded, in one line."""
     lm.check_flags(args, world, REWARDS)
-    at_least(0, args, "refill")
     if (P := args.batch_size // args.num_generations) > args.n_samples:
         fail(f"{P} prompts per step of only {args.n_samples} training problems; raise --n-samples")
 

@@ -26,23 +26,23 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
+from annotated_types import Interval
 from gymnasium.vector import AutoresetMode, VectorEnv
 from safetensors.torch import load_file, save_file
 
 from common.checkpoint import find_checkpoint
-from common.cli import fail, flag, parse
-from common.parallel import World, sum_gradients
+from common.cli import Count, Fraction, NonNegative, Positive, Share, Text, fail, flag, parse
+from common.parallel import World, clip_gradients, sum_gradients
 from common.robot import fetch, sim
 from common.robot.sim import SimArgs
 from common.robot.video import Videos, write_mp4
 from common.run import Run
-from common.stats import explained_variance
 from common.streams import stream_seed, torch_stream
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
@@ -53,10 +53,10 @@ class Args(SimArgs):
     exp_name: str = "ppo_fetch"
     seed: int = 1
     tags: tuple[str, ...] = ("ppo", "fetch")
-    init_from: str | None = None  # run folder or checkpoint whose policy and statistics to start from (a new run)
+    init_from: Text | None = None  # run folder or checkpoint whose policy and statistics to start from (a new run)
 
     # task
-    env_id: str = "FetchReach-v4"
+    env_id: Text = "FetchReach-v4"
     """FetchReach-v4, FetchPush-v4, FetchSlide-v4, FetchPickAndPlace-v4, or any Gymnasium id with another backend"""
     env_backend: Literal["native", "gymnasium", "gymnasium-async"] = "native"
     """native: FetchVec, physics on threads; gymnasium: one after the other; gymnasium-async: a process each"""
@@ -66,28 +66,30 @@ class Args(SimArgs):
     """-1/0 | -distance | the same, +10 at the goal | potential-based shaping | the environment's; default: by task"""
 
     # rollout
-    total_timesteps: int | None = None  # environment steps of the run, over all processes; default: by task
-    num_envs: int | None = None  # environments N, over all processes; default: by task
-    num_steps: int = 25  # steps T that each environment takes in an iteration, 20 to 50 for Fetch
+    total_timesteps: Count | None = None  # environment steps of the run, over all processes; default: by task
+    num_envs: Count | None = None  # environments N, over all processes; default: by task
+    num_steps: Count = 25  # steps T that each environment takes in an iteration, 20 to 50 for Fetch
     stagger: bool = True
     """start the environments at different ages, so that no batch is all starts or all ends (native backend)"""
 
     # update
-    learning_rate: float | None = None  # Adam step size at the start; default: by task
+    learning_rate: Positive | None = None  # Adam step size at the start; default: by task
     anneal_lr: bool = True  # lower the step size linearly to 0 over the iterations
-    gamma: float | None = None  # discount, 0.9 to 0.99; default: by task
-    gae_lambda: float = 0.95  # GAE's lambda
-    num_minibatches: int | None = None  # minibatches in an epoch; must divide N * T; default: by task
-    update_epochs: int = 10  # passes over the batch at most, 3 to 10
-    target_kl: float | None = None
+    gamma: Share | None = None  # discount, 0.9 to 0.99; default: by task
+    gae_lambda: Share = 0.95  # GAE's lambda
+    num_minibatches: Count | None = None  # minibatches in an epoch; must divide N * T; default: by task
+    update_epochs: Count = 10  # passes over the batch at most, 3 to 10
+    target_kl: NonNegative | None = None
     """end an iteration's update before the minibatch whose KL exceeds this, 0.01 to 0.05; 0: never; default: by task"""
     norm_adv: bool = True  # normalise advantages in each minibatch
-    clip_coef: float = 0.2  # PPO's epsilon
-    ent_coef: float = 0.0  # weight of the entropy bonus; actions that do nothing (the gripper of Reach) drift under it
-    vf_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 0.5  # gradient clipping
-    hidden: int | None = None  # width of the two hidden layers; default: by task
-    log_std_init: float = -0.5  # initial log standard deviation of the actions, whose box is [-1, 1]
+    clip_coef: Fraction = 0.2  # PPO's epsilon
+    ent_coef: NonNegative = 0.0
+    """weight of the entropy bonus; actions that do nothing (the gripper of Reach) drift under it"""
+    vf_coef: NonNegative = 0.5  # weight of the value loss
+    max_grad_norm: NonNegative = 0.5  # gradient norm to clip to, 0: never
+    hidden: Count | None = None  # width of the two hidden layers; default: by task
+    log_std_init: Annotated[float, Interval(ge=-10, le=2)] = -0.5
+    """ initial log standard deviation of the actions, whose box is [-1, 1]"""
     normalize_obs: bool = True  # standardise observations by running statistics
     scale_rewards: bool = True  # divide rewards by the running standard deviation of the discounted return
     amp: Literal["off", "bf16", "fp16"] = "off"
@@ -390,7 +392,7 @@ def update(agent: Agent, loss_of, optimizer, scaler, batch: dict, args: Args, ge
             scaler.unscale_(optimizer)
             groups = [group["params"] for group in optimizer.param_groups]
             sum_gradients([p for params in groups for p in params], world)
-            norms = [nn.utils.clip_grad_norm_(params, args.max_grad_norm) for params in groups]
+            norms = [clip_gradients(params, args.max_grad_norm) for params in groups]
             before = scaler.get_scale()
             scaler.step(optimizer)  # fp16: skipped if a gradient is not finite
             scaler.update()
@@ -665,7 +667,7 @@ def train(run: Run, args: Args) -> None:
         state["recent"] = (state["recent"] + world.gather(episodes))[-100:]
         metrics = {f"losses/{name}": float(value) for name, value in metrics.items()}
         metrics |= sim.summary(state["recent"], "charts") | {
-            "losses/explained_variance": explained_variance(returns, values, world),
+            "losses/explained_variance": sim.explained_variance(returns, values, world),
             "losses/action_std": 0.0 if agent.discrete else agent.log_std.exp().mean().item(),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/reward_scale": float(agent.reward_scale()),

@@ -28,17 +28,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from annotated_types import Interval
 from imageio.v3 import imread
 from safetensors.torch import load_file, save_file
 
-from common.cli import at_least, fail, parse, positive
-from common.parallel import World, sum_gradients
+from common.cli import Count, Fraction, Natural, NonNegative, Positive, Share, Text, fail, parse
+from common.parallel import World, clip_gradients, sum_gradients
 from common.robot import fetch, sim
 from common.robot.feature_cache import FeatureCache
 from common.robot.fetch_robot import Camera, FetchRobot, read_interface
@@ -46,10 +47,9 @@ from common.robot.gr00t_n15 import GR00T
 from common.robot.lora import load_adapters
 from common.robot.policy import GR00TArgs, Interface, model_tokenizer, save_policy, trained_parts
 from common.robot.sim import SimArgs
-from common.robot.transforms import pixel_values
+from common.robot.transforms import HORIZON, pixel_values
 from common.robot.video import Videos, write_mp4
 from common.run import Run
-from common.stats import explained_variance
 from common.streams import stream_seed, torch_stream
 
 DIMS = 4  # action dims of Fetch: displacement and gripper
@@ -63,13 +63,13 @@ class Args(GR00TArgs, SimArgs):
     exp_name: str = "ppo_gr00t"
     seed: int = 1
     tags: tuple[str, ...] = ("ppo", "gr00t", "fetch")
-    eval_every: int = 8
-    model_path: str | None = None
+    eval_every: Natural = 8
+    model_path: Text | None = None
     """run folder or checkpoint of gr00t_finetune.py or of this script, a folder in the published layout or a hub id; it
     must hold statistics of Fetch. default: fine-tune a weak lite policy first (the command is printed)"""
 
     # task
-    env_id: str = "FetchReach-v4"
+    env_id: Text = "FetchReach-v4"
     """FetchReach-v4, FetchPush-v4 or FetchPickAndPlace-v4, the tasks that have demonstrations"""
     reward_mode: Literal["sparse", "dense", "distance", "shaped"] | None = None
     """-1/0 | -distance | the same, +10 at the goal | potential-based shaping; default: by task"""
@@ -77,43 +77,45 @@ class Args(GR00TArgs, SimArgs):
     # flow
     sampler: Literal["flow-sde", "flow-sde-chain", "flow-noise"] = "flow-sde"
     """where exploration comes from: one noisy step of the flow | noise at all of them | learned noise at all of them"""
-    denoising_steps: int = 4  # steps K of the flow, in training and evaluation
-    noise_level: float | None = None
+    denoising_steps: Count = 4  # steps K of the flow, in training and evaluation
+    noise_level: Positive | None = None
     """Flow-SDE: a in sigma(t) = a sqrt((1 - t) / t) at the start, 0.2 to 1; default: by task"""
-    final_noise_level: float | None = None
+    final_noise_level: Positive | None = None
     """Flow-SDE: a in the last iteration, reached linearly; noise that shakes the robot hides errors that are smaller;
     default: by task"""
     noisy_step: Literal["last", "any"] = "last"
     """Flow-SDE: which step is noisy. last: the executed action itself is; any: drawn for each decision, but a policy
     that is sure of its actions undoes the noise of earlier steps"""
-    noise_range: tuple[float, float] = (0.08, 0.16)
+    noise_range: tuple[Positive, Positive] = (0.08, 0.16)
     """Flow-Noise: bounds of the learned standard deviations, in units of normalised actions"""
 
     # rollout
-    total_timesteps: int | None = None  # environment steps of the run, over all processes; default: by task
-    num_envs: int = 64  # environments N, over all processes
-    num_steps: int | None = None  # chunks T that each environment executes in an iteration; default: by task
-    execute_steps: int = 5  # actions C executed of each predicted chunk of 16 before the next look
+    total_timesteps: Count | None = None  # environment steps of the run, over all processes; default: by task
+    num_envs: Count = 64  # environments N, over all processes
+    num_steps: Count | None = None  # chunks T that each environment executes in an iteration; default: by task
+    execute_steps: Annotated[int, Interval(ge=1, le=HORIZON)] = 5
+    """actions C executed of each predicted chunk of 16 before the next look"""
     stagger: bool = True  # start the environments at different ages, so that no batch is all starts or all ends
 
     # update
-    learning_rate: float = 1e-4  # Adam step size of the policy at the start; 5e-6 to 2e-5 for the full model
-    critic_learning_rate: float = 1e-3  # Adam step size of the critic at the start
-    critic_warmup: int = 1  # iterations at the start that train the critic alone
-    critic_epochs: int = 10
+    learning_rate: Positive = 1e-4  # Adam step size of the policy at the start; 5e-6 to 2e-5 for the full model
+    critic_learning_rate: Positive = 1e-3  # Adam step size of the critic at the start
+    critic_warmup: Natural = 1  # iterations at the start that train the critic alone
+    critic_epochs: Natural = 10
     """passes of the critic alone after those of both; its features are stored, so they cost next to nothing"""
     anneal_lr: bool = True  # lower the step sizes linearly to 0 over the iterations
-    gamma: float | None = None  # discount of an environment step, 0.9 to 0.99; default: by task
-    gae_lambda: float = 0.95  # GAE's lambda, of a chunk
-    num_minibatches: int | None = None  # minibatches in an epoch; must divide N * T; default: by task
-    update_epochs: int = 5  # passes over the batch at most
-    target_kl: float = 0.1  # stop an iteration's update before the minibatch whose KL exceeds this, 0: never
+    gamma: Share | None = None
+    """discount of an environment step, 0.9 to 0.99; default: by task"""
+    gae_lambda: Share = 0.95  # GAE's lambda, of a chunk
+    num_minibatches: Count | None = None  # minibatches in an epoch; must divide N * T; default: by task
+    update_epochs: Count = 5  # passes over the batch at most
+    target_kl: NonNegative = 0.1  # stop an iteration's update before the minibatch whose KL exceeds this, 0: never
     norm_adv: bool = True  # normalise advantages in each minibatch
-    clip_coef: float = 0.2  # PPO's epsilon, for the ratio of a whole chunk
-    ent_coef: float = 0.0  # Flow-Noise: weight of the entropy bonus (Flow-SDE's entropy is a constant)
-    vf_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 1.0  # gradient clipping, of policy and critic apart
-    hidden: int = 128  # width of the critic's two hidden layers
+    clip_coef: Fraction = 0.2  # PPO's epsilon, for the ratio of a whole chunk
+    ent_coef: NonNegative = 0.0  # Flow-Noise: weight of the entropy bonus (Flow-SDE's entropy is a constant)
+    vf_coef: NonNegative = 0.5  # weight of the value loss
+    max_grad_norm: NonNegative = 1.0  # gradient norm to clip to, 0: never; of policy and critic apart
+    hidden: Count = 128  # width of the critic's two hidden layers
     scale_rewards: bool = True  # divide rewards by the running standard deviation of the discounted return
     amp: Literal["off", "bf16", "fp16"] = "off"
     """mixed precision of backbone and DiT, bf16 stores a frozen backbone in bf16 too; chain and densities stay fp32"""
@@ -539,7 +541,7 @@ def update(agent: Agent, loss_of, optimizer, scaler, batch: dict, args: Args, ge
             scaler.unscale_(optimizer)
             groups = [group["params"] for group in optimizer.param_groups]
             sum_gradients([p for params in groups for p in params], world)
-            norms = [nn.utils.clip_grad_norm_(params, args.max_grad_norm) for params in groups]
+            norms = [clip_gradients(params, args.max_grad_norm) for params in groups]
             before = scaler.get_scale()
             scaler.step(optimizer)  # fp16: skipped if a gradient is not finite
             scaler.update()
@@ -562,7 +564,7 @@ def fit_critic(agent: Agent, optimizer, batch: dict, args: Args, generator, worl
             optimizer.zero_grad()  # to None: the policy's weights take no step
             loss.backward()
             sum_gradients(critic, world)
-            norm = nn.utils.clip_grad_norm_(critic, args.max_grad_norm)
+            norm = clip_gradients(critic, args.max_grad_norm)
             optimizer.step()
     return {"critic_loss": world.total(loss.detach()), "critic_grad_norm": norm}
 
@@ -750,13 +752,8 @@ def check(args: Args, world: World) -> None:
     if fetch.task_of(args.env_id) not in RECIPES or not args.env_id.endswith("-v4"):
         fail(f"--env-id {args.env_id}: demonstrations exist of {', '.join(f'{task}-v4' for task in RECIPES)}")
     fetch.import_robotics()
-    at_least(1, args, "denoising_steps")
-    at_least(0, args, "lora_rank", "critic_warmup", "critic_epochs")
-    positive(args, "critic_learning_rate", "noise_level", "final_noise_level")
-    if not 1 <= args.execute_steps <= 16:
-        fail(f"--execute-steps {args.execute_steps}: a predicted chunk has 16 actions; give 1 to 16")
     sim.check_numbers(args, args.num_envs * args.num_steps * args.execute_steps, world)
-    if not 0 < args.noise_range[0] < args.noise_range[1]:
+    if args.noise_range[0] >= args.noise_range[1]:
         fail(f"--noise-range {args.noise_range[0]} {args.noise_range[1]}: two positive numbers, the smaller one first")
     if args.sampler == "flow-noise" and not args.critic_warmup:
         fail("--critic-warmup 0: Flow-Noise learns its features' statistics from the first iteration; give at least 1")
@@ -885,7 +882,7 @@ def train(run: Run, args: Args, interface: Interface) -> None:
         state["recent"] = (state["recent"] + world.gather(episodes))[-100:]
         metrics = {f"losses/{name}": float(value) for name, value in metrics.items()}
         metrics |= sim.summary(state["recent"], "charts") | {
-            "losses/explained_variance": explained_variance(returns, values, world),
+            "losses/explained_variance": sim.explained_variance(returns, values, world),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/noise_level": noise_level,
             "charts/distinct_observations": len(cache.index),

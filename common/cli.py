@@ -5,18 +5,48 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import os
 import re
 import sys
 import textwrap
+import threading
+import time
 import tokenize
 from typing import Annotated, NoReturn, get_type_hints
 
+import annotated_types
+import pydantic
 import tyro
+from typing_extensions import TypedDict
+
+# Bounds of a field stand beside it, as its type: `beta: NonNegative = 0.1`. NaN and infinity fit none.
+Count = Annotated[int, annotated_types.Ge(1)]
+Natural = Annotated[int, annotated_types.Ge(0)]
+Several = Annotated[int, annotated_types.Ge(2)]
+Positive = Annotated[float, annotated_types.Gt(0)]
+NonNegative = Annotated[float, annotated_types.Ge(0)]
+Temperature = Annotated[float, annotated_types.Interval(ge=0.01, le=100)]
+Share = Annotated[float, annotated_types.Interval(ge=0, le=1)]
+Partial = Annotated[float, annotated_types.Interval(ge=0, lt=1)]
+Fraction = Annotated[float, annotated_types.Interval(gt=0, lt=1)]
+Seed = Annotated[int, annotated_types.Interval(ge=0, lt=2**63)]
+Threads = Annotated[int, annotated_types.Interval(ge=1, le=1024)]
+Text = Annotated[str, annotated_types.MinLen(1)]
+Name = Annotated[str, pydantic.StringConstraints(pattern=r"^\w[\w.+=-]*$", max_length=100)]  # a part of a folder's name
+
+
+class Refused(Exception):
+    """What `fail` raises in a thread: the thread that waits for it says it, once however many noticed."""
 
 
 def fail(message: str) -> NoReturn:
     """Ends the program with one line on stderr and exit code 2: what is wrong and the nearest thing that works."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    message = " ".join(message.split())
+    if threading.current_thread() is not threading.main_thread():
+        raise Refused(message)
+    if os.environ.get("RANK", "0") != "0":  # torchrun: what all processes notice the first one says, and all end
+        time.sleep(5)
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -25,18 +55,33 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def at_least(bound: float, args, *names: str) -> None:
-    """Every one of these fields is `bound` or more; None is left alone."""
-    for name in names:
-        if getattr(args, name) is not None and not getattr(args, name) >= bound:
-            rule = "must not be negative" if bound == 0 else f"must be at least {bound}"
-            fail(f"{flag(name)} {getattr(args, name)}: {rule}")
+def in_words(error: pydantic.ValidationError) -> str:
+    """The first thing that is wrong: `weights[1] -2.0: must be positive`."""
+    first = error.errors(include_url=False)[0]
+    kind, limits, place = first["type"], first.get("ctx", {}), ""
+    for part in first["loc"]:
+        place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
+    rule = {
+        "greater_than_equal": "must not be negative"
+        if limits.get("ge") == 0
+        else f"must be at least {limits.get('ge')}",
+        "greater_than": "must be positive" if limits.get("gt") == 0 else f"must be above {limits.get('gt')}",
+        "less_than_equal": f"must be at most {limits.get('le')}",
+        "less_than": f"must be below {limits.get('lt')}",
+        "string_too_short": "must not be empty",
+        "extra_forbidden": "is unknown",
+        "missing": "is missing",
+    }.get(kind, first["msg"].replace("Input should be", "must be").replace("String should", "must"))
+    shown = "" if kind in ("extra_forbidden", "missing", "json_invalid") else f" {repr(first['input'])[:80]}"
+    return f"{place}{shown}: {rule}".removeprefix(": ")
 
 
-def positive(args, *names: str) -> None:
-    for name in names:
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            fail(f"{flag(name)} {getattr(args, name)}: must be positive")
+def schema_of(config_class):
+    """The types and bounds of a dataclass's fields, for pydantic: all of them, no others, NaN and infinity in none."""
+    hints = get_type_hints(config_class, include_extras=True)
+    schema = TypedDict(config_class.__name__, {f.name: hints[f.name] for f in dataclasses.fields(config_class)})
+    schema.__pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    return schema
 
 
 def described_fields(config_class) -> dict[str, tuple[str, str]]:
@@ -84,4 +129,9 @@ def parse(config_class, description: str):
         # tyro draws a box around the message, its title in the top line
         lines = [line for line in captured.getvalue().splitlines() if not line.startswith("╭")]
         fail(re.sub(r"[╰╯│─╶╴]+", " ", " ".join(lines)))
-    return config_class(**{name: value for part, _ in parts for name, value in vars(getattr(given, part)).items()})
+    values = {name: value for part, _ in parts for name, value in vars(getattr(given, part)).items()}
+    try:
+        return config_class(**pydantic.TypeAdapter(schema_of(config_class)).validate_python(values))
+    except pydantic.ValidationError as error:
+        name, _, rest = in_words(error).partition(" ")
+        fail(f"{flag(name)} {rest}")

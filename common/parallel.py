@@ -146,8 +146,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter], world: World, bucket: int 
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> torch.Tensor:
-    """Scales gradients down to this norm in all; returns the norm () before."""
-    return whole(nn.utils.clip_grad_norm_(parameters, largest))
+    """Scales gradients down to this norm in all, 0: leaves them as they are; returns the norm () before."""
+    return whole(nn.utils.clip_grad_norm_(parameters, largest or torch.inf))
 
 
 @torch.no_grad()

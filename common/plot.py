@@ -3,6 +3,7 @@
 uv run python -m common.plot --runs runs/grpo_arithmetic/A runs/grpo_arithmetic/B --out docs/results/grpo_arithmetic
 """
 
+import importlib
 import json
 import textwrap
 from dataclasses import dataclass
@@ -12,74 +13,10 @@ import numpy as np
 import tyro
 
 SECONDS = "time/elapsed_s"
-BANDS = ("very_easy", "easy", "medium", "hard", "very_hard")
-TASKS = ("arithmetic", "words", "letters", "comparison", "binary", "word_problems")  # those not in a run draw nothing
-STANDARD = ["arithmetic_eval", "arithmetic_eval_greedy", "train/reward"]
-GRPO_HEALTH = [
-    ("KL to the reference (nats / token)", "step", ["train/kl"]),
-    ("entropy (nats / token)", "step", ["train/entropy"]),
-    ("groups without spread", "step", ["train/frac_reward_zero_std"]),
-    ("gradient norm", "step", ["train/grad_norm"]),
-    ("completion length, share cut", "step", ["train/completions/mean_length", "train/completions/clipped_ratio"]),
-    ("sampling vs training log-prob", "step", ["train/sampling_logp_difference/mean"]),
-]
-SUCCESS = ["eval/success_rate", "eval/success_once", "charts/success_rate"]
-RETURN = ["eval/episodic_return", "charts/episodic_return"]
-PPO = {
-    "learning": [
-        ("success without exploration", "step", SUCCESS),
-        ("the same against training time", "time/train_s", SUCCESS),
-        ("return of an episode", "step", RETURN),
-        ("the same against training time", "time/train_s", RETURN),
-    ],
-    "health": [
-        ("KL of the last minibatch", "step", ["losses/approx_kl"]),
-        ("share of ratios clipped", "step", ["losses/clipfrac"]),
-        ("explained variance of returns", "step", ["losses/explained_variance"]),
-        ("ratio error before the first step", "step", ["losses/first_ratio_error"]),
-        ("action std", "step", ["losses/action_std"]),
-        ("gradient norm before clipping", "step", ["losses/grad_norm", "losses/critic_grad_norm"]),
-        ("optimizer steps an iteration", "step", ["losses/optimizer_steps"]),
-    ],
-}
-# script -> figure -> panels (title, x, metrics); a metric is followed by its interval where <metric>_low is logged, a
-# panel without a metric in any of the runs is left out
-FIGURES = {
-    "grpo_arithmetic": {
-        "learning": [
-            ("held-out accuracy and train reward", "step", STANDARD),
-            ("the same against time", SECONDS, STANDARD),
-            ("held-out accuracy by band", "step", [f"eval_{band}_accuracy" for band in BANDS]),
-        ],
-        "health": GRPO_HEALTH,
-    },
-    "grpo_mixed": {
-        "learning": [
-            ("held-out accuracy by task", "step", [f"eval_{task}_accuracy" for task in TASKS]),
-            ("transfer to the standard evaluation", "step", STANDARD),
-            ("solve rate of training problems by task", "step", [f"train/{task}/solve_rate" for task in TASKS]),
-        ],
-        "health": GRPO_HEALTH,
-    },
-    "ppo_fetch": PPO,
-    "ppo_gr00t": PPO,
-    "gr00t_finetune": {
-        "learning": [
-            ("loss and error of sampled actions, log scale", "step", ["train/loss", "val/loss", "val/mse"]),
-            ("the same against time, log scale", SECONDS, ["train/loss", "val/loss", "val/mse"]),
-            (
-                "validation loss by time of the flow (0: noise), log scale",
-                "step",
-                [f"val/loss_t/{i / 4:.2f}-{(i + 1) / 4:.2f}" for i in range(4)],
-            ),
-        ],
-        "health": [
-            ("gradient norm before clipping", "step", ["train/grad_norm"]),
-            ("learning rate", "step", ["train/learning_rate"]),
-            ("samples / s", "step", ["time/samples_per_s"]),
-        ],
-    },
-}
+# script -> module whose FIGURES has its figures -> panels (title, x, metrics). A metric is followed by its interval
+# where <metric>_low is logged; a panel without a metric in any of the runs is left out
+ROOMS = dict.fromkeys(("grpo_arithmetic", "grpo_mixed"), "common.language.figures")
+ROOMS |= dict.fromkeys(("ppo_fetch", "ppo_gr00t", "gr00t_finetune"), "common.robot.figures")
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
@@ -153,9 +90,8 @@ def caption_of(runs: list[Path]) -> str:
 
 def draw(runs: list[Path], script: str, out: Path) -> list[Path]:
     """All figures of a script, as <out>/<figure>.png."""
-    return [
-        figure(runs, panels, out / f"{name}.png", caption_of(runs)) for name, panels in FIGURES.get(script, {}).items()
-    ]
+    found = importlib.import_module(ROOMS[script]).FIGURES[script] if script in ROOMS else {}
+    return [figure(runs, panels, out / f"{name}.png", caption_of(runs)) for name, panels in found.items()]
 
 
 @dataclass

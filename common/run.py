@@ -36,7 +36,7 @@ import torch
 
 from common import plot
 from common.checkpoint import atomic_folder, find_checkpoint, link, load_state, prune, save_state
-from common.cli import fail, flag
+from common.cli import Count, Name, Natural, Seed, Text, fail, flag
 from common.log import Logger
 from common.parallel import join_world
 
@@ -48,18 +48,18 @@ class RunArgs:
     """Flags that all scripts have."""
 
     # run
-    exp_name: str | None = None  # name of the run; default: by script and task
-    seed: int = 42  # seed of every random stream of the run
+    exp_name: Name | None = None  # name of the run; default: by script and task
+    seed: Seed = 42  # seed of every random stream of the run
     tags: tuple[str, ...] = ()  # wandb tags
-    output_dir: str = "runs"  # parent of the run folder
-    device: str = "auto"  # auto, cpu or cuda
+    output_dir: Text = "runs"  # parent of the run folder
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     track: bool = False  # also log to Weights & Biases
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account
-    resume: str | None = None
+    resume: Text | None = None
     """run folder (or one of its checkpoints) to continue, bit-exactly on a CPU, with its own settings"""
     eval_only: bool = False  # measure a trained model and stop
-    save_every: int = 50  # steps (PPO: iterations) between checkpoints, 0: only at the end
-    keep: int = 2  # newest checkpoints to keep, besides the best
+    save_every: Natural = 50  # steps (PPO: iterations) between checkpoints, 0: only at the end
+    keep: Count = 2  # newest checkpoints to keep, besides the best
 
 
 FREE = {"resume", "device", "track", "wandb_mode"}  # flags that may differ from those of the run that is resumed

@@ -1,4 +1,4 @@
-"""Statistics that scripts log: intervals, pass@k, explained variance, running sums over micro-batches and processes."""
+"""Statistics that scripts log: intervals, pass@k, running sums over micro-batches and processes."""
 
 import math
 from collections import Counter
@@ -49,12 +49,3 @@ class Sums:
             rows = world.gather([{name: float(value) for name, value in values.items()}])
             found |= {name: extreme(row[name] for row in rows) for name in values}
         return found
-
-
-def explained_variance(returns: torch.Tensor, values: torch.Tensor, world: World) -> float:
-    """1 for a critic that knows the returns, 0 for one that knows their mean, over the rows of all processes."""
-    r, e = returns.double(), (returns - values).double()
-    count = torch.full((), r.numel(), dtype=torch.float64, device=r.device)
-    n, r1, r2, e1, e2 = world.total(torch.stack([count, r.sum(), (r**2).sum(), e.sum(), (e**2).sum()]))
-    # eq: explained variance = 1 - Var(R - V) / Var(R)
-    return float(1 - (e2 / n - (e1 / n) ** 2) / (r2 / n - (r1 / n) ** 2))

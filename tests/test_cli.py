@@ -1,12 +1,13 @@
 """Flags: grouped help, defaults that a script redefines, one line for what is wrong."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
-from common.cli import at_least, described_fields, parse, positive
+from common.cli import Count, NonNegative, Positive, Refused, Share, Text, described_fields, fail, parse
 
 
 @dataclass
@@ -74,11 +75,42 @@ def test_what_is_wrong_ends_in_one_line_and_exit_code_2(monkeypatch, capsys, wor
     assert words[0].strip("-") in error
 
 
-@pytest.mark.parametrize("check", [lambda a: at_least(1, a, "beta"), lambda a: positive(a, "beta")])
-@pytest.mark.parametrize("value", [-1.0, 0.0, float("nan")])
-def test_bounds_name_the_flag_and_catch_what_is_not_a_number(check, value, capsys):
-    with pytest.raises(SystemExit):
-        check(Args(beta=value))
-    assert capsys.readouterr().err.startswith(f"error: --beta {value}: must be ")
-    check(Args(beta=1.5))
-    at_least(1, Args(), "loss")  # None: not given
+@dataclass
+class Bounded:
+    # update
+    steps: Count | None = None  # how many
+    rate: Positive = 0.1  # how fast
+    beta: NonNegative = 0.0  # how close
+    weights: tuple[NonNegative, ...] = ()  # of each
+    warmup: Share = 0.1  # how much of it
+    resume: Text | None = None  # which
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--rate", "0"], "--rate 0.0: must be positive"),
+        (["--rate", "nan"], "--rate nan: must be a finite number"),
+        (["--beta", "inf"], "--beta inf: must be a finite number"),
+        (["--beta=-0.1"], "--beta -0.1: must not be negative"),
+        (["--weights", "1", "nan"], "--weights[1] nan: must be a finite number"),
+        (["--warmup", "1.01"], "--warmup 1.01: must be at most 1"),
+        (["--resume", ""], "--resume '': must not be empty"),
+    ],
+)
+def test_bounds_stand_beside_the_field_and_nothing_infinite_keeps_them(monkeypatch, capsys, words, line):
+    monkeypatch.setattr(sys, "argv", ["script.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        parse(Bounded, "")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"error: {line}") and error.count("\n") == 1
+    good = ["script.py", "--steps", "1", "--rate", "1e-9", "--weights", "0", "2", "--warmup", "1", "--resume", "x"]
+    monkeypatch.setattr(sys, "argv", good)
+    assert parse(Bounded, "") == Bounded(1, 1e-9, 0.0, (0.0, 2.0), 1.0, "x")
+
+
+def test_only_the_waiting_thread_says_what_its_threads_notice(capsys):
+    with ThreadPoolExecutor(4) as pool:
+        noticed = [pool.submit(fail, "the file is broken") for _ in range(4)]
+    assert all(isinstance(one.exception(), Refused) for one in noticed) and capsys.readouterr().err == ""

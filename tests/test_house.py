@@ -17,7 +17,9 @@ LINES = {
     "ppo_gr00t.py": 950,
 }
 FLAT_COMMON = 1_100
-ALL_CODE = 9_150  # what has been reached; 8,500 was the aim and is missed: docs/JOURNAL.md, 2026-11-26
+ALL_CODE = (
+    10_800  # 9,124 when the scripts were shortened, for which 8,500 was the aim; what came since: docs/JOURNAL.md
+)
 FUNCTION, LOOP, FLAGS = 110, 80, 45
 SIBLINGS = {("grpo_arithmetic.py", "grpo_mixed.py"): 400, ("ppo_fetch.py", "ppo_gr00t.py"): 900}
 

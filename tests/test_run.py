@@ -160,7 +160,8 @@ def test_the_score_is_compared_number_by_number_and_the_first_of_equals_stays(ar
 def collectives():
     """What two processes see of `World`; run in both."""
     from common.parallel import clip_gradients, join_world, sum_gradients
-    from common.stats import Sums, explained_variance
+    from common.robot.sim import explained_variance
+    from common.stats import Sums
 
     world = join_world("cpu")
     rank = world.rank

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from common.checkpoint import find_checkpoint, gathered
-from common.cli import at_least, fail
+from common.cli import Count, Natural, Text, fail
 from common.language.decode import Decoder, GraphDecoder, additive
 from common.parallel import World, refresh, shard
 from common.run import Run
@@ -32,12 +32,12 @@ class LMArgs:
     """Flags of scripts for language models: what is loaded, and what costs time or memory without changing a result."""
 
     # run
-    log_completions: int = 32  # completions a step in completions.jsonl (whole groups first)
+    log_completions: Natural = 32  # completions a step in completions.jsonl (whole groups first)
 
     # model
-    model_name: str = TINY_MODEL
+    model_name: Text = TINY_MODEL
     """hub id or folder of a causal language model; default: the bundled 1.6 M parameter Qwen2"""
-    init_from: str | None = None
+    init_from: Text | None = None
     """run folder or checkpoint whose weights to start from (a new run: optimizer and reference start afresh)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """compute precision over fp32 weights; auto: bfloat16 autocast on a GPU, float32 on a CPU"""
@@ -50,33 +50,28 @@ class LMArgs:
     compile: bool = False  # torch.compile the transformer layers of the update
     share_prompt: bool | None = None
     """train on one row per prompt with all its completions; default: when that row has at most 1024 tokens"""
-    micro_batch_size: int | None = None
+    micro_batch_size: Count | None = None
     """completions per forward and backward pass in a process; changes memory, not the objective (bnpo excepted)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     low_memory_reference: bool = False
     """keep the reference weights on the CPU and swap them in, instead of a second model on the device"""
     fsdp: bool = False  # shard weights, gradients and optimizer state over the processes of torchrun
-    eval_batch_size: int = 1600  # completions per generation batch in evaluation
+    eval_batch_size: Count = 1600  # completions per generation batch in evaluation
 
 
 def check_flags(args, world: World, rewards) -> None:
     """What every run of a script needs: batch, groups and processes divide, rewards exist."""
-    at_least(1, args, "epochs", "num_iterations", "n_samples")
     if unknown := set(args.rewards) - set(rewards):
         fail(f"unknown reward {sorted(unknown)[0]!r}; known: {', '.join(rewards)}")
     if not args.rewards or len(args.reward_weights) != len(args.rewards):
         fail(f"{len(args.reward_weights)} --reward-weights for {len(args.rewards)} --rewards; give one each")
     B, G, micro = args.batch_size, args.num_generations, args.micro_batch_size
-    if G < 2:
-        fail(f"--num-generations {G}: a completion is compared with the others of its prompt, so at least 2 are needed")
     if B < G or B % G:
         fail(f"--batch-size {B} is not a multiple of --num-generations {G}; try --batch-size {max(B // G, 1) * G}")
     if B // G % world.size:
         fail(f"{B // G} prompts per step ({B} / {G}) cannot be shared by {world.size} processes: take a multiple")
-    if args.temperature <= 0:
-        fail("--temperature 0 makes all completions of a prompt equal: nothing can be learnt from them; 0.7 is usual")
-    if micro is not None and (micro < 1 or (micro % G and G % micro)):
+    if micro is not None and micro % G and G % micro:
         fail(f"--micro-batch-size {micro} must divide --num-generations {G} or be a multiple of it")
     if args.fsdp and (args.compile or args.low_memory_reference or args.attn_implementation == "flash_attention_2"):
         fail("--fsdp goes with neither --compile, --low-memory-reference (it is sharded anyway) nor flash_attention_2")
@@ -103,8 +98,6 @@ def check_context(args, config, tokenizer, prompts: list[str]) -> None:
 def start_of(run: Run) -> LMArgs:
     """The run's flags, in which --init-from has become the --model-name that it stands for."""
     args = run.args
-    at_least(1, args, "eval_samples", "max_completion_length", "eval_batch_size")
-    at_least(0, args, "eval_temperature")  # 0 is greedy
     if args.init_from and not run.checkpoint:
         return replace(args, model_name=str(find_checkpoint(args.init_from, best=True)))
     return args

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from common.checkpoint import find_checkpoint
-from common.cli import fail
+from common.cli import Count, Natural, Text, fail
 from common.parallel import gathered
 from common.robot import transforms
 from common.robot.data_configs import DataConfig
@@ -38,20 +38,20 @@ class GR00TArgs:
     """Flags of the scripts that train a GR00T."""
 
     # model
-    model_path: str | None = None
+    model_path: Text | None = None
     """a folder in the published layout, a run folder, or a hub id such as nvidia/GR00T-N1.5-3B"""
-    data_config: str | None = None  # what the policy sees, see common/robot/data_configs.py; default: the checkpoint's
+    data_config: Text | None = None  # what the policy sees, see common/robot/data_configs.py; default: the checkpoint's
     embodiment_tag: Literal["new_embodiment", "gr1", "oxe_droid", "agibot_genie1"] | None = None
     """whose rows of the embodiment layers to use: a pretrained robot's, or the free ones of new_embodiment (default)"""
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     """folder or hub id of the tokenizer; default: bundled for tiny and lite, lerobot/eagle2hg-processor-groot-n1p5"""
     tune_llm: bool = False  # train the language model (lite: its table of instruction tokens)
     tune_visual: bool = False  # train the vision tower and its connector
     tune_projector: bool = True
     """train the embodiment layers: state encoder, action encoder, action decoder, position table"""
     tune_diffusion_model: bool = True  # train the diffusion transformer
-    lora_rank: int = 0  # rank of the low-rank adapters, 8 to 64; 0: none, train the weights themselves
-    lora_alpha: int = 16  # adapters are scaled by alpha / rank
+    lora_rank: Natural = 0  # rank of the low-rank adapters, 8 to 64; 0: none, train the weights themselves
+    lora_alpha: Count = 16  # adapters are scaled by alpha / rank
     lora_full_model: bool = False  # adapters in the backbone too
     lora_targets: Literal["qkv", "qkvo"] = "qkv"  # projections of each attention that get adapters
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # attention kernel of the backbone

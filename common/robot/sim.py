@@ -10,14 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
+from annotated_types import Interval
 from gymnasium.vector import AutoresetMode, VectorEnv
 from safetensors.numpy import load_file, save_file
 
-from common.cli import at_least, fail, positive
+from common.cli import Count, Natural, Share, Threads, fail
 from common.parallel import World
 from common.robot import fetch
 from common.run import Run, RunArgs
@@ -29,22 +31,23 @@ class SimArgs(RunArgs):
     """Flags of scripts that learn in a simulator."""
 
     # machine
-    device: str = "cpu"  # cpu, cuda or auto; the simulator is on the CPU, so a GPU is for large networks
-    torch_threads: int = 1  # CPU threads of torch; more are for large networks and minibatches
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """the simulator is on the CPU, so a GPU is for large networks"""
+    torch_threads: Threads = 1  # CPU threads of torch; more are for large networks and minibatches
     torch_deterministic: bool = True  # only deterministic kernels
-    num_threads: int | None = None
+    num_threads: Threads | None = None
     """threads that step physics, of each process; default: this machine's cores, shared among its processes"""
-    env_groups: int = 2
+    env_groups: Count = 2
     """groups that step by turns: one group's physics runs while the policy acts for the other; 1: no overlap"""
 
     # evaluation
-    eval_every: int = 10  # iterations between evaluations, 0: only at the end
-    eval_episodes: int = 100  # episodes of an evaluation, always the same ones, without exploration
-    eval_seed: int = 100_000  # seed of the first evaluation episode
-    stop_success: float = 0.0  # end the run once three evaluations in a row have at least this success rate, 0: never
+    eval_every: Natural = 10  # iterations between evaluations, 0: only at the end
+    eval_episodes: Count = 100  # episodes of an evaluation, always the same ones, without exploration
+    eval_seed: Annotated[int, Interval(ge=0, lt=2**31)] = 100_000  # seed of the first evaluation episode
+    stop_success: Share = 0.0  # end the run once three evaluations in a row have at least this success rate, 0: never
     capture_video: bool = True  # record videos in environments of their own (needs EGL or OSMesa)
-    video_every: int = 0  # iterations between videos, 0: only at the end
-    video_episodes: int = 2  # episodes in a video
+    video_every: Natural = 0  # iterations between videos, 0: only at the end
+    video_episodes: Count = 2  # episodes in a video
 
 
 def set_up_torch(args: SimArgs) -> None:
@@ -57,12 +60,6 @@ def set_up_torch(args: SimArgs) -> None:
 
 def check_numbers(args, batch_steps: int, world: World) -> None:
     """What both PPO scripts ask of their numbers; an iteration takes `batch_steps` environment steps."""
-    at_least(1, args, "num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden", "env_groups")
-    at_least(1, args, "eval_episodes", "video_episodes")
-    at_least(0, args, "target_kl", "ent_coef", "vf_coef")
-    positive(args, "learning_rate", "clip_coef", "max_grad_norm")
-    if not 0 < args.gamma <= 1 or not 0 <= args.gae_lambda <= 1:
-        fail(f"--gamma {args.gamma} --gae-lambda {args.gae_lambda}: both lie between 0 and 1")
     turn = world.size * args.env_groups
     if args.num_envs % turn:
         fail(
@@ -192,6 +189,15 @@ def outcome(run: Run, state: dict, start: str) -> str:
         text += f"final distance {100 * last['eval/final_distance']:.1f} cm, "
     text += f"return {base['baseline/episodic_return']:.2f} -> {last['eval/episodic_return']:.2f}; "
     return text + f"{state['steps']:,} steps in {state['train_s']:.1f} s of training, {run.log.elapsed:.0f} s in all"
+
+
+def explained_variance(returns: torch.Tensor, values: torch.Tensor, world: World) -> float:
+    """1 for a critic that knows the returns, 0 for one that knows their mean, over the rows of all processes."""
+    r, e = returns.double(), (returns - values).double()
+    count = torch.full((), r.numel(), dtype=torch.float64, device=r.device)
+    n, r1, r2, e1, e2 = world.total(torch.stack([count, r.sum(), (r**2).sum(), e.sum(), (e**2).sum()]))
+    # eq: explained variance = 1 - Var(R - V) / Var(R)
+    return float(1 - (e2 / n - (e1 / n) ** 2) / (r2 / n - (r1 / n) ** 2))
 
 
 def video_row(episode: dict) -> dict:
