@@ -70,7 +70,7 @@ class Args(LMArgs, RunArgs):
     # update
     epochs: Count | None = None
     """passes over the training problems; steps = epochs * (n_samples // prompts per step); default: 50, if small 12"""
-    learning_rate: Positive | None = None  # peak AdamW learning rate; default: 5e-6, below 50 M parameters 3e-4
+    learning_rate: NonNegative | None = None  # peak AdamW learning rate; default: 5e-6, below 50 M parameters 3e-4
     warmup_ratio: Share = 0.1
     """share of the steps in which the learning rate rises, 0 to 1; then it falls to zero in a line"""
     weight_decay: NonNegative = 0.01  # AdamW weight decay
