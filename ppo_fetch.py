@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from common.checkpoint import find_checkpoint
 from common.cli import Count, Fraction, NonNegative, Positive, Share, Text, fail, flag, parse
 from common.parallel import World, clip_gradients, sum_gradients
-from common.robot import fetch, sim
+from common.robot import fetch, sim, spaces
 from common.robot.sim import SimArgs
 from common.robot.video import Videos, write_mp4
 from common.run import Run
@@ -60,10 +60,12 @@ class Args(SimArgs):
     """FetchReach-v4, FetchPush-v4, FetchSlide-v4, FetchPickAndPlace-v4, or any Gymnasium id with another backend"""
     env_backend: Literal["native", "gymnasium", "gymnasium-async"] = "native"
     """native: FetchVec, physics on threads; gymnasium: one after the other; gymnasium-async: a process each"""
-    observation_mode: Literal["observation", "observation_goal", "full", "delta"] = "delta"
-    """what the policy sees, see common/robot/fetch.py; other environments: their own observation"""
+    observation_mode: Literal["observation", "observation_goal", "full", "delta"] | None = None
+    """what the policy sees of Fetch, see common/robot/fetch.py; default: delta; others: their own observation"""
     reward_mode: Literal["sparse", "dense", "distance", "shaped", "env"] | None = None
     """-1/0 | -distance | the same, +10 at the goal | potential-based shaping | the environment's; default: by task"""
+    max_episode_steps: Count | None = None
+    """time limit of an episode; default: the environment's own (evaluation cuts at 10,000 steps where there is none)"""
 
     # rollout
     total_timesteps: Count | None = None  # environment steps of the run, over all processes; default: by task
@@ -102,12 +104,14 @@ SUCCESS_REWARD, SHAPING, SHAPING_GAMMA = 0.1, 5.0, 1.0  # c, k and g of the shap
 
 # What differs by task where a flag is not given. "other": whatever is not Fetch, near cleanRL's settings.
 SMALL = dict(num_minibatches=4, target_kl=0.03, hidden=64)
+REACH = SMALL | dict(observation_mode="delta", reward_mode="dense", num_envs=32, learning_rate=1e-3, gamma=0.9)
 LARGE = dict(num_minibatches=8, target_kl=0.05, hidden=256, num_envs=64, learning_rate=5e-4, gamma=0.95)
+LARGE |= dict(observation_mode="delta", reward_mode="shaped")
 RECIPES = {
-    "FetchReach": SMALL | dict(reward_mode="dense", total_timesteps=12_000, num_envs=32, learning_rate=1e-3, gamma=0.9),
-    "FetchPush": LARGE | dict(reward_mode="shaped", total_timesteps=1_000_000),
-    "FetchPickAndPlace": LARGE | dict(reward_mode="shaped", total_timesteps=1_200_000),
-    "FetchSlide": LARGE | dict(reward_mode="shaped", total_timesteps=800_000),
+    "FetchReach": REACH | dict(total_timesteps=12_000),
+    "FetchPush": LARGE | dict(total_timesteps=1_000_000),
+    "FetchPickAndPlace": LARGE | dict(total_timesteps=1_200_000),
+    "FetchSlide": LARGE | dict(total_timesteps=800_000),
     "other": SMALL | dict(reward_mode="env", total_timesteps=500_000, num_envs=8, learning_rate=3e-4, gamma=0.99),
 }
 
@@ -116,15 +120,17 @@ RECIPES = {
 
 
 def features(obs, args: Args) -> np.ndarray:
-    """What the policy sees, (n, D) float32, from what the environment returns."""
+    """What the policy sees, (n, D) float32 (float64 if that is what an environment measures in)."""
     if fetch.is_fetch(args.env_id):
         return fetch.flatten(obs, args.observation_mode)
-    parts = [obs[key] for key in sorted(obs)] if isinstance(obs, dict) else [obs]
-    return np.concatenate([np.asarray(part, dtype=np.float32).reshape(len(part), -1) for part in parts], axis=1)
+    return obs  # a vector already, see `spaces.Plain`
 
 
 def executable(actions: np.ndarray, space: gym.Space) -> np.ndarray:
-    """What the environment gets: actions clipped to its box; numbers of actions as they are."""
+    """What the environment gets: actions clipped to the box; choices as they are. From [-1, 1], `spaces.Actions` goes
+    on to the environment's own box."""
+    if not np.isfinite(actions).all():
+        fail("the policy's actions are no longer finite: an update went too far; try a smaller --learning-rate")
     return actions.clip(space.low, space.high) if isinstance(space, gym.spaces.Box) else actions
 
 
@@ -156,6 +162,7 @@ class Group:
 
     def observe(self, obs, args: Args) -> None:
         self.x = features(obs, args)  # (n, D)
+        sim.refuse_nonfinite("the observation", self.x, args.env_id, self.episodes)
         self.potential = potential_of(obs, args)
 
 
@@ -196,6 +203,8 @@ class RunningStatistics(nn.Module):
         squares = ((x - mean) ** 2).sum(0)
         if world:
             world.total(squares)
+        if not squares.isfinite().all():
+            fail("a running statistic met a number that is not finite, or too large to be squared")
         # eq: M2 = M2_a + M2_b + (m_b - m_a)^2 n_a n_b / (n_a + n_b)   [Chan et al. 1979]
         count, delta = self.count + n, mean - self.mean
         m2 = self.var * self.count + squares + delta**2 * self.count * n / count
@@ -209,25 +218,29 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_space: gym.Space, args: Args):
         super().__init__()
-        self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        outputs = int(action_space.n) if self.discrete else int(np.prod(action_space.shape))
+        box = isinstance(action_space, gym.spaces.Box)
+        self.choices = [] if box else np.ravel(getattr(action_space, "nvec", getattr(action_space, "n", 0))).tolist()
+        outputs = sum(self.choices) or action_space.shape[0]
         self.statistics = RunningStatistics(obs_dim)
         self.return_statistics = RunningStatistics(1)
         self.normalize_obs, self.scale_rewards = args.normalize_obs, args.scale_rewards
         self.actor, self.critic = mlp(obs_dim, args.hidden), mlp(obs_dim, args.hidden)
         self.actor_head = orthogonal(nn.Linear(args.hidden, outputs), 0.01)
         self.critic_head = orthogonal(nn.Linear(args.hidden, 1), 1.0)
-        if not self.discrete:
+        if box:
             self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
+        # below it a deviation is noise: of a blocked finger, in metres; elsewhere nothing is known of the unit
+        self.least_std = 1e-3 if fetch.is_fetch(args.env_id) else 1e-8
         self.amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, D) raw -> standardised, clipped to +-10. The std has a floor: a blocked finger's is numerical noise."""
+        """(B, D) raw -> standardised in the precision of x, clipped to +-10, float32. The std has a floor: some
+        roundings of the mean, which are noise, and `least_std`."""
         if not self.normalize_obs:
-            return x
+            return x.float()
         s = self.statistics
-        std = s.var.sqrt().clamp_min(1e-3)
-        return ((x - s.mean.float()) / std.float()).clamp(-10, 10)
+        std = torch.maximum(s.var.sqrt(), 16 * torch.finfo(x.dtype).eps * s.mean.abs()).clamp_min(self.least_std)
+        return ((x - s.mean.to(x.dtype)) / std.to(x.dtype)).clamp(-10, 10).float()
 
     def trunk(self, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The hidden layers, the only part in low precision: heads, densities and losses are fp32."""
@@ -266,18 +279,19 @@ def mlp(inputs: int, hidden: int) -> nn.Sequential:
 
 
 def sample(agent: Agent, policy: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Actions from the policy's parameters (B, A) and standard noise: normal (B, A), or uniform (B, 1) if discrete."""
-    if agent.discrete:
-        cdf = policy.softmax(-1).cumsum(-1)
-        return (cdf < noise * cdf[:, -1:]).sum(-1)  # (B,)
+    """Actions (B, A) from the policy's parameters and standard noise (B, A): normal, or uniform for choices."""
+    if agent.choices:
+        cdfs = [logits.softmax(-1).cumsum(-1) for logits in policy.split(agent.choices, -1)]
+        return torch.stack([(cdf < u * cdf[:, -1:]).sum(-1) for cdf, u in zip(cdfs, noise.split(1, -1))], -1)
     return policy + agent.log_std.exp() * noise  # (B, A); stored unclipped, executed clipped
 
 
 def logprobs_entropy(agent: Agent, policy: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(B,) log-density of the (unclipped) actions and (B,) entropy, both fp32."""
-    if agent.discrete:
-        logp = policy.log_softmax(-1)
-        return logp.gather(-1, actions.long()[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
+    if agent.choices:
+        logps = [logits.log_softmax(-1) for logits in policy.split(agent.choices, -1)]
+        taken = [logp.gather(-1, a) for logp, a in zip(logps, actions.view(len(policy), -1).split(1, -1))]
+        return torch.cat(taken, -1).sum(-1), sum(-(logp.exp() * logp).sum(-1) for logp in logps)
     log_std = agent.log_std
     # eq: log N(a; mu, s) = -((a - mu) / s)^2 / 2 - log s - log(2 pi) / 2, summed over dimensions
     z = (actions - policy) * torch.exp(-log_std)
@@ -350,6 +364,12 @@ def minibatch_order(num: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randperm(num, generator=generator)
 
 
+def own_rows(rows: torch.Tensor, n: int, world: World) -> torch.Tensor:
+    """Which rows of this process's (T * n) batch are among `rows` of the (T * N) batch of all processes."""
+    env = rows % (n * world.size) - n * world.rank
+    return (rows // (n * world.size) * n + env)[(env >= 0) & (env < n)]
+
+
 def minibatch_loss(agent: Agent, mb: dict, advantages: torch.Tensor, args: Args) -> tuple[torch.Tensor, dict]:
     """`ppo_loss` of a minibatch's rows under the present weights; with --compile one graph, networks included."""
     logprobs, entropy = logprobs_entropy(agent, agent.policy(mb["obs"]), mb["actions"])
@@ -364,39 +384,39 @@ def update(agent: Agent, loss_of, optimizer, scaler, batch: dict, args: Args, ge
     drawn from all N * T rows; a process computes those of its own environments.
     """
     T, n = batch["rewards"].shape
-    N, first = n * world.size, n * world.rank
     flat = {key: value.flatten(0, 1) for key, value in batch.items()}
-    valid = flat["valid"].nonzero().squeeze(-1) if world.size == 1 else torch.arange(T * N)
+    valid = flat["valid"].nonzero().squeeze(-1) if world.size == 1 else torch.arange(T * n * world.size)
     size = args.num_envs * args.num_steps // args.num_minibatches
     metrics, first_ratio_error, norms, steps, skipped, stopped = {}, None, [torch.zeros(())], 0, 0, False
     for _ in range(args.update_epochs):
         for rows in valid[minibatch_order(len(valid), generator)].split(size):
-            mine = (rows % N >= first) & (rows % N < first + n)
-            local = (rows[mine] // N) * n + rows[mine] % N - first
+            local = own_rows(rows, n, world)
+            advantages = flat["advantages"][local]
+            advantages = normalize_advantages(advantages, world) if args.norm_adv else advantages
+            share = len(local) / len(rows)
+            if not share:  # no row is this process's: it computes one that does not count
+                local, advantages = local.new_zeros(1), advantages.new_zeros(1)
             mb = {key: value[local] for key, value in flat.items()}
-            advantages = normalize_advantages(mb["advantages"], world) if args.norm_adv else mb["advantages"]
             loss, metrics = loss_of(agent, mb, advantages, args)
             worst = metrics.pop("ratio_max_error")
             if world.size > 1:  # means over the rows of all processes
-                share = len(local) / len(rows)
-                means = world.total(torch.stack([m * share if share else m.new_zeros(()) for m in metrics.values()]))
-                metrics = dict(zip(metrics, means))
-                loss = loss * share if share else 0.0 * sum(p.sum() for p in agent.parameters())
+                metrics = dict(zip(metrics, world.total(torch.stack([m * share for m in metrics.values()]))))
+                loss = loss * share
             first_ratio_error = worst if first_ratio_error is None else first_ratio_error
             # before the step: the policy that has drifted too far is not driven further
-            if args.target_kl and metrics["approx_kl"] > args.target_kl:
+            if args.target_kl and not metrics["approx_kl"] <= args.target_kl:
                 stopped = True
                 break
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
             groups = [group["params"] for group in optimizer.param_groups]
             sum_gradients([p for params in groups for p in params], world)
+            scaler.unscale_(optimizer)
             norms = [clip_gradients(params, args.max_grad_norm) for params in groups]
-            before = scaler.get_scale()
-            scaler.step(optimizer)  # fp16: skipped if a gradient is not finite
+            took = all(bool(norm.isfinite()) for norm in norms)
+            if took or scaler.is_enabled():  # then it skips the step itself, and tries a smaller scale next
+                scaler.step(optimizer)
             scaler.update()
-            took = scaler.get_scale() >= before
             steps, skipped = steps + took, skipped + (not took)
         if stopped:
             break
@@ -417,20 +437,19 @@ def rollout(agent: Agent, groups: list[Group], args: Args, generator, world: Wor
     T, mine, device = args.num_steps, world.share(args.num_envs), world.device
     n, space = mine.stop - mine.start, groups[0].envs.single_action_space
     batch = {
-        "obs": np.zeros((T, n, groups[0].x.shape[1]), np.float32),
-        "next_obs": np.zeros((T, n, groups[0].x.shape[1]), np.float32),
-        "actions": np.zeros((T, n, *space.shape), np.int64 if agent.discrete else np.float32),
+        "obs": np.zeros((T, n, groups[0].x.shape[1]), groups[0].x.dtype),
+        "next_obs": np.zeros((T, n, groups[0].x.shape[1]), groups[0].x.dtype),
+        "actions": np.zeros((T, n, *space.shape), np.int64 if agent.choices else np.float32),
         "logprobs": np.zeros((T, n), np.float32),
         "rewards": np.zeros((T, n), np.float32),
         "terminations": np.zeros((T, n), bool),
         "dones": np.zeros((T, n), bool),
         "valid": np.ones((T, n), bool),
     }
-    draw, shape = (torch.rand, (1,)) if agent.discrete else (torch.randn, space.shape)
-    episodes = []
+    draw, episodes = torch.rand if agent.choices else torch.randn, []
     for t in range(T + 1):
         # noise for all environments of the run: numbers do not depend on groups or processes
-        noise = draw((args.num_envs, *shape), generator=generator)[mine] if t < T else None
+        noise = draw((args.num_envs, *space.shape), generator=generator)[mine] if t < T else None
         for group in groups:
             rows = group.rows
             if t > 0:
@@ -457,6 +476,9 @@ def finish_step(group: Group, args: Args) -> tuple[dict[str, np.ndarray], list[d
     after = sim.successors(next_obs, infos, dones)
     if args.reward_mode != "env":
         rewards = reward_of(after, group.potential, args)
+    sim.refuse_nonfinite("the reward", rewards, args.env_id, group.episodes)
+    x = features(after, args)
+    sim.refuse_nonfinite("the observation", x, args.env_id, group.episodes)
     success = sim.success_flags(infos, dones)
     group.episodes.step(real, rewards, success)
     distance = fetch.goal_distance(after) if fetch.is_fetch(args.env_id) else None
@@ -464,7 +486,7 @@ def finish_step(group: Group, args: Args) -> tuple[dict[str, np.ndarray], list[d
     group.ended = dones
     group.observe(next_obs, args)
     transition = {"rewards": rewards, "terminations": terminations, "dones": dones, "valid": real}
-    return transition | {"next_obs": features(after, args)}, episodes
+    return transition | {"next_obs": x}, episodes
 
 
 def returns_of(rewards: torch.Tensor, dones: torch.Tensor, carry: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -486,14 +508,17 @@ def mean_actions(agent: Agent, device: torch.device):
     def act(x: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             policy = agent.policy(torch.from_numpy(x).to(device))
-        return (policy.argmax(-1) if agent.discrete else policy).cpu().numpy()
+        if agent.choices:
+            policy = torch.stack([logits.argmax(-1) for logits in policy.split(agent.choices, -1)], -1)
+        return policy.cpu().numpy()
 
     return act
 
 
 def do_nothing(action_space):
-    """The baseline that a success rate is compared with: zero actions, or action 0."""
-    return lambda x: np.zeros((len(x), *action_space.shape), dtype=action_space.dtype)
+    """The baseline that a success rate is compared with: zero actions, or choice 0."""
+    zero = getattr(action_space, "zero", np.zeros(action_space.shape, action_space.dtype))
+    return lambda x: np.repeat(zero[None], len(x), axis=0)
 
 
 def play(act, envs: VectorEnv, args: Args, draw=None) -> list[dict]:
@@ -533,7 +558,7 @@ def record_video(path: Path, act, args: Args) -> list[dict]:
     Never from a training environment: drawing calls `mj_forward`, which changes what PickAndPlace computes next.
     """
     size = {"width": 240, "height": 240} if fetch.is_fetch(args.env_id) else {}
-    envs = sim.make_envs(args, args.video_episodes, "gymnasium", render_mode="rgb_array", **size)
+    envs = sim.make_envs(args, args.video_episodes, "gymnasium", evaluation=True, render_mode="rgb_array", **size)
     frames: list[tuple] = []  # step -> environment -> picture
     episodes = play(act, envs, args, draw=lambda: frames.append(envs.render()))
     film = [frame[e["env"]] for e in episodes for frame in frames[: e["length"]]]
@@ -545,14 +570,21 @@ def record_video(path: Path, act, args: Args) -> list[dict]:
 # ---- 7. Main ---------------------------------------------------------------------------------------------------------
 
 
+# settings that change what the policy computes: a checkpoint carries them, and whoever uses it has the same
+POLICY = ("env_id", "observation_mode", "hidden", "normalize_obs")
+
+
 def resolve(args: Args) -> Args:
     """Fills in what depends on the task."""
     recipe = RECIPES.get(fetch.task_of(args.env_id), {})
+    if fetch.is_fetch(args.env_id) and "Dense" in args.env_id:
+        recipe = recipe | {"reward_mode": "dense"}  # what the id promises
     return replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
 
 
 def check(args: Args, world: World) -> None:
     """Everything that can be wrong with the flags, before anything is built."""
+    fetch.refuse_other_version(args.env_id)
     if fetch.is_fetch(args.env_id):
         fetch.import_robotics()
     elif args.env_backend == "native":
@@ -561,12 +593,16 @@ def check(args: Args, world: World) -> None:
             "for another Gymnasium id add --env-backend gymnasium"
         )
     else:
-        try:
-            gym.spec(args.env_id)
-        except gym.error.Error as error:
-            fail(f"--env-id {args.env_id}: {error}")
         if args.reward_mode != "env":
             fail(f"--reward-mode {args.reward_mode} is for the Fetch tasks; {args.env_id} has --reward-mode env")
+        for name in ("observation_mode", "num_threads"):
+            if getattr(args, name) is not None:
+                fail(f"{flag(name)} {getattr(args, name)} is for the Fetch tasks and changes nothing here: drop it")
+        actions = spaces.examine(args.env_id, args.max_episode_steps)
+        if args.log_std_init != Args.log_std_init and not isinstance(actions.policy, gym.spaces.Box):
+            fail(f"--log-std-init {args.log_std_init} is for actions in a box; {args.env_id} has choices: drop it")
+    if not args.stagger and args.env_backend != "native":
+        fail(f"--no-stagger is for --env-backend native; {args.env_backend} starts all environments at once: drop it")
     sim.check_numbers(args, args.num_envs * args.num_steps, world)
     if args.eval_only and not args.init_from:
         fail("--eval-only measures the policy of --init-from: give a run folder")
@@ -579,10 +615,12 @@ def check_agent(folder: Path, args: Args) -> None:
     saved = json.loads((folder / "trainer.json").read_text())
     if saved["script"] != "ppo_fetch":
         fail(f"checkpoint '{folder}' belongs to {saved['script']}, not to ppo_fetch")
-    for name in ("env_id", "observation_mode", "hidden"):
-        old, new = saved[name], getattr(args, name)
-        if old != new and not (name == "env_id" and fetch.task_of(old) == fetch.task_of(new) != "other"):
-            fail(f"checkpoint '{folder}' was trained with {flag(name)} {old}, not {new}; add {flag(name)} {old}")
+    for name in POLICY:
+        old, new = saved.get(name, getattr(Args, name)), getattr(args, name)
+        same = old == new or new is None or name == "env_id" and fetch.task_of(old) == fetch.task_of(new) != "other"
+        if not same:
+            add = {True: flag(name), False: flag(f"no_{name}")}.get(old, f"{flag(name)} {old}")
+            fail(f"checkpoint '{folder}' was trained with {name} {old}, not {new}; add {add}")
 
 
 def train(run: Run, args: Args) -> None:
@@ -593,10 +631,8 @@ def train(run: Run, args: Args) -> None:
     groups = make_groups(args, world, pool)
     # FetchVec is gymnasium bit for bit: evaluation uses it whatever the training backend
     eval_backend = "native" if fetch.is_fetch(args.env_id) else "gymnasium"
-    eval_envs = sim.make_envs(args, args.eval_episodes, eval_backend, pool) if world.main else None
+    eval_envs = sim.make_envs(args, args.eval_episodes, eval_backend, pool, evaluation=True) if world.main else None
     space = groups[0].envs.single_action_space
-    if not isinstance(space, (gym.spaces.Box, gym.spaces.Discrete)):
-        fail(f"{args.env_id} has a {type(space).__name__} action space; this script acts in Box and Discrete")
     agent = Agent(groups[0].x.shape[1], space, args).to(world.device)
     if args.init_from or run.checkpoint:
         folder = run.checkpoint or find_checkpoint(args.init_from, best=True)
@@ -605,7 +641,7 @@ def train(run: Run, args: Args) -> None:
     if args.compile:  # for acting as for the update, or in low precision the two would round differently
         agent.policy = torch.compile(agent.policy)
     act, videos = mean_actions(agent, world.device), Videos(run, args.capture_video)
-    state = {name: getattr(args, name) for name in ("env_id", "observation_mode", "hidden")}  # see `check_agent`
+    state = {name: getattr(args, name) for name in POLICY}  # see `check_agent`
     state |= {"steps": 0, "train_s": 0.0, "streak": 0, "base": {}, "last": {}, "recent": []}
     if args.eval_only:
         run.write(0, measure(run, 0, act, eval_envs, state, args))
@@ -668,7 +704,7 @@ def train(run: Run, args: Args) -> None:
         metrics = {f"losses/{name}": float(value) for name, value in metrics.items()}
         metrics |= sim.summary(state["recent"], "charts") | {
             "losses/explained_variance": sim.explained_variance(returns, values, world),
-            "losses/action_std": 0.0 if agent.discrete else agent.log_std.exp().mean().item(),
+            "losses/action_std": 0.0 if agent.choices else agent.log_std.exp().mean().item(),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/reward_scale": float(agent.reward_scale()),
             "time/rollout_s": run.seconds["rollout"],

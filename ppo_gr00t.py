@@ -218,6 +218,8 @@ class RunningStatistics(nn.Module):
         squares = ((x - mean) ** 2).sum(0)
         if world:
             world.total(squares)
+        if not squares.isfinite().all():
+            fail("a running statistic met a number that is not finite, or too large to be squared")
         # eq: M2 = M2_a + M2_b + (m_b - m_a)^2 n_a n_b / (n_a + n_b)   [Chan et al. 1979]
         count, delta = self.count + n, mean - self.mean
         m2 = self.var * self.count + squares + delta**2 * self.count * n / count
@@ -496,6 +498,12 @@ def minibatch_order(num: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randperm(num, generator=generator)
 
 
+def own_rows(rows: torch.Tensor, n: int, world: World) -> torch.Tensor:
+    """Which rows of this process's (T * n) batch are among `rows` of the (T * N) batch of all processes."""
+    env = rows % (n * world.size) - n * world.rank
+    return (rows // (n * world.size) * n + env)[(env >= 0) & (env < n)]
+
+
 def minibatch_loss(agent: Agent, mb: dict, advantages: torch.Tensor, args: Args, cache: FeatureCache):
     """`ppo_loss` of a minibatch's decisions, about observations of `cache`, under the present weights."""
     look = cache.look(mb["frame"], mb["state"], fresh=True)
@@ -513,39 +521,39 @@ def update(agent: Agent, loss_of, optimizer, scaler, batch: dict, args: Args, ge
     drawn from all N * T rows; a process computes those of its own environments.
     """
     T, n = batch["rewards"].shape
-    N, first = n * world.size, n * world.rank
     flat = {key: value.flatten(0, 1) for key, value in batch.items()}
-    valid = flat["valid"].nonzero().squeeze(-1) if world.size == 1 else torch.arange(T * N)
+    valid = flat["valid"].nonzero().squeeze(-1) if world.size == 1 else torch.arange(T * n * world.size)
     size = args.num_envs * args.num_steps // args.num_minibatches
     metrics, first_ratio_error, norms, steps, skipped, stopped = {}, None, [torch.zeros(())], 0, 0, False
     for _ in range(args.update_epochs):
         for rows in valid[minibatch_order(len(valid), generator)].split(size):
-            mine = (rows % N >= first) & (rows % N < first + n)
-            local = (rows[mine] // N) * n + rows[mine] % N - first
+            local = own_rows(rows, n, world)
+            advantages = flat["advantages"][local]
+            advantages = normalize_advantages(advantages, world) if args.norm_adv else advantages
+            share = len(local) / len(rows)
+            if not share:  # no row is this process's: it computes one that does not count
+                local, advantages = local.new_zeros(1), advantages.new_zeros(1)
             mb = {key: value[local] for key, value in flat.items()}
-            advantages = normalize_advantages(mb["advantages"], world) if args.norm_adv else mb["advantages"]
             loss, metrics = loss_of(agent, mb, advantages, args)
             worst = metrics.pop("ratio_max_error")
             if world.size > 1:  # means over the rows of all processes
-                share = len(local) / len(rows)
-                means = world.total(torch.stack([m * share if share else m.new_zeros(()) for m in metrics.values()]))
-                metrics = dict(zip(metrics, means))
-                loss = loss * share if share else 0.0 * sum(p.sum() for p in agent.parameters())
+                metrics = dict(zip(metrics, world.total(torch.stack([m * share for m in metrics.values()]))))
+                loss = loss * share
             first_ratio_error = worst if first_ratio_error is None else first_ratio_error
             # before the step: the policy that has drifted too far is not driven further
-            if args.target_kl and metrics["approx_kl"] > args.target_kl:
+            if args.target_kl and not metrics["approx_kl"] <= args.target_kl:
                 stopped = True
                 break
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
             groups = [group["params"] for group in optimizer.param_groups]
             sum_gradients([p for params in groups for p in params], world)
+            scaler.unscale_(optimizer)
             norms = [clip_gradients(params, args.max_grad_norm) for params in groups]
-            before = scaler.get_scale()
-            scaler.step(optimizer)  # fp16: skipped if a gradient is not finite
+            took = all(bool(norm.isfinite()) for norm in norms)
+            if took or scaler.is_enabled():  # then it skips the step itself, and tries a smaller scale next
+                scaler.step(optimizer)
             scaler.update()
-            took = scaler.get_scale() >= before
             steps, skipped = steps + took, skipped + (not took)
         if stopped:
             break
@@ -555,12 +563,15 @@ def update(agent: Agent, loss_of, optimizer, scaler, batch: dict, args: Args, ge
 
 def fit_critic(agent: Agent, optimizer, batch: dict, args: Args, generator, world: World) -> dict:
     """Epochs for the critic alone, on the features of the rollout."""
+    T, n = batch["rewards"].shape
     x, returns = batch["condition"].flatten(0, 1), batch["returns"].flatten(0, 1)
     critic, loss, norm = optimizer.param_groups[1]["params"], torch.zeros(()), 0.0
     for _ in range(args.critic_epochs):
-        for rows in minibatch_order(len(x), generator).to(x.device).split(math.ceil(len(x) / args.num_minibatches)):
+        everything = minibatch_order(T * n * world.size, generator)  # of all processes
+        for rows in everything.split(math.ceil(len(everything) / args.num_minibatches)):
+            local = own_rows(rows, n, world).to(x.device)
             # eq: L_V = (V - R)^2 / 2
-            loss = 0.5 * ((agent.value(x[rows]) - returns[rows]) ** 2).mean() / world.size
+            loss = 0.5 * ((agent.value(x[local]) - returns[local]) ** 2).sum() / len(rows)
             optimizer.zero_grad()  # to None: the policy's weights take no step
             loss.backward()
             sum_gradients(critic, world)
@@ -744,12 +755,15 @@ def record_video(path: Path, act, args: Args) -> list[dict]:
 def resolve(args: Args) -> Args:
     """Fills in what depends on the task."""
     recipe = RECIPES.get(fetch.task_of(args.env_id), {})
+    if fetch.is_fetch(args.env_id) and "Dense" in args.env_id:
+        recipe = recipe | {"reward_mode": "dense"}  # what the id promises
     return replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
 
 
 def check(args: Args, world: World) -> None:
     """Everything that can be wrong with the flags, before anything is built."""
-    if fetch.task_of(args.env_id) not in RECIPES or not args.env_id.endswith("-v4"):
+    fetch.refuse_other_version(args.env_id)
+    if fetch.task_of(args.env_id) not in RECIPES:
         fail(f"--env-id {args.env_id}: demonstrations exist of {', '.join(f'{task}-v4' for task in RECIPES)}")
     fetch.import_robotics()
     sim.check_numbers(args, args.num_envs * args.num_steps * args.execute_steps, world)

@@ -14,7 +14,7 @@ def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
         return 0.0, 1.0
     p = correct / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max((centre - half) / (1 + z * z / n), 0.0), min((centre + half) / (1 + z * z / n), 1.0)
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

@@ -42,7 +42,7 @@ def random_batch(agent: Agent, T=8, n=4, seed=0) -> dict:
     obs = torch.randn(T, n, 6, generator=g)
     with torch.no_grad():
         flat = obs.flatten(0, 1)
-        noise = torch.rand(T * n, 1, generator=g) if agent.discrete else torch.randn(T * n, 3, generator=g)
+        noise = torch.rand(T * n, 1, generator=g) if agent.choices else torch.randn(T * n, 3, generator=g)
         policy = agent.policy(flat)
         actions = sample(agent, policy, noise)
         logprobs = logprobs_entropy(agent, policy, actions)[0]
@@ -190,7 +190,7 @@ def test_logprob_and_entropy_equal_torch_distributions():
 def test_samples_follow_the_density():
     agent = make_agent(DISCRETE)
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]]).expand(50_000, 5)
-    counts = torch.bincount(sample(agent, logits, torch.rand(50_000, 1)), minlength=5) / 50_000
+    counts = torch.bincount(sample(agent, logits, torch.rand(50_000, 1))[:, 0], minlength=5) / 50_000
     torch.testing.assert_close(counts, logits[0].softmax(-1), atol=0.01, rtol=0)
     agent = make_agent()
     mean = torch.tensor([[0.1, -0.2, 0.3]]).expand(50_000, 3)

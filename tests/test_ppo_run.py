@@ -21,7 +21,7 @@ from test_ppo_math import WORLD
 import ppo_fetch
 from common import streams
 from common.robot import fetch, sim
-from ppo_fetch import Agent, Args, Group, features, finish_step, gae, rollout
+from ppo_fetch import Agent, Args, Group, finish_step, gae, rollout
 
 FETCH = dict(  # FetchReach, 4 iterations of 8 x 10 steps
     num_envs=8, num_steps=10, total_timesteps=320, hidden=16, num_minibatches=2, update_epochs=2, eval_episodes=2,
@@ -444,13 +444,6 @@ def test_wrong_input_ends_in_one_line_with_exit_code_2(flags, words, run, capsys
     code, _ = run(**flags)
     err = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and words in err[-1] and sum(line.startswith("error") for line in err) == 1
-
-
-def test_features_of_other_environments_are_flat_float32():
-    args = ppo_fetch.resolve(replace(Args(), env_id="CartPole-v1"))
-    nested = {"b": np.ones((2, 3)), "a": np.zeros((2, 2, 2))}
-    x = features(nested, args)
-    assert x.dtype == np.float32 and x.tolist() == [[0, 0, 0, 0, 1, 1, 1]] * 2
 
 
 def test_no_random_stream_of_a_run_is_used_twice_or_by_the_next_seed(run, monkeypatch):

@@ -14,10 +14,10 @@ Three things make it faster than stepping gymnasium's environments, none of whic
 import contextlib
 import io
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -25,13 +25,29 @@ from gymnasium.vector.utils import batch_space
 
 from common.cli import fail
 
+try:
+    import mujoco
+except RuntimeError as error:  # it looks for its renderer at once
+    fail(f"MuJoCo does not start: {error}; MUJOCO_GL is egl, osmesa, glfw or unset")
+
 TASKS = ("FetchReach", "FetchPush", "FetchSlide", "FetchPickAndPlace")
 GOAL_RADIUS = 0.05  # m: a goal is reached within this distance
 HOLD = np.array([1.0, 0.0, 1.0, 0.0])  # gymnasium adds this quaternion to the gripper's at every step: it points down
 
 
 def is_fetch(env_id: str) -> bool:
-    return env_id.removesuffix("-v4").removesuffix("Dense") in TASKS
+    return env_id.endswith("-v4") and env_id.removesuffix("-v4").removesuffix("Dense") in TASKS
+
+
+def refuse_other_version(env_id: str) -> None:
+    """FetchReach-v2, FetchPush, fetchpush-v4, … end in one line with the id that works."""
+    found = re.fullmatch(rf"({'|'.join(TASKS)})(Dense)?(-v\d+)?", env_id, re.IGNORECASE)
+    if found and not is_fetch(env_id):
+        task = next(task for task in TASKS if task.lower() == found[1].lower())
+        right = f"{task}{'Dense' if found[2] else ''}-v4"
+        fail(
+            f"--env-id {env_id}: use {right}; earlier versions are gone from gymnasium-robotics, v4 mended their resets"
+        )
 
 
 def task_of(env_id: str) -> str:

@@ -126,7 +126,7 @@ class FetchRobot:
 
     def __init__(self, interface: Interface, env_id: str):
         """A data config that does not fit is the caller's to refuse: see `misfit`."""
-        self.interface, self.instruction, self.camera = interface, INSTRUCTIONS[env_id], None
+        self.interface, self.instruction, self.camera = interface, INSTRUCTIONS[env_id.replace("Dense", "")], None
         if interface.config.video:
             (view,) = interface.config.video
             self.camera = Camera(env_id, interface.metadata["modalities"]["video"][view]["resolution"][0])

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from common.cli import Count, Natural, Share, Threads, fail
 from common.parallel import World
-from common.robot import fetch
+from common.robot import fetch, spaces
 from common.run import Run, RunArgs
 from common.stats import wilson
 
@@ -83,15 +83,35 @@ def physics_threads(count: int | None) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count or max(len(os.sched_getaffinity(0)) // local, 1), thread_name_prefix="fetch")
 
 
-def make_envs(args, num_envs: int, backend: str, pool: ThreadPoolExecutor | None = None, **kwargs) -> VectorEnv:
-    """`num_envs` of args.env_id that reset in the step that ends an episode (its last observation is in the infos)."""
+def make_envs(
+    args, num_envs: int, backend: str, pool: ThreadPoolExecutor | None = None, evaluation: bool = False, **kwargs
+) -> VectorEnv:
+    """`num_envs` of args.env_id that reset in the step that ends an episode (its last observation is in the infos).
+
+    Others than Fetch show vectors and act in [-1, 1] or choices, see `spaces.Plain`; in an evaluation they end.
+    """
+    kwargs |= spaces.limit(args.max_episode_steps)
     if backend == "native":
         return fetch.FetchVec(args.env_id, num_envs, args.num_threads, pool=pool, **kwargs)
+    wrappers = [spaces.deaf] if backend == "gymnasium-async" else []
     if fetch.is_fetch(args.env_id):
         fetch.import_robotics()
-    mode = "async" if backend == "gymnasium-async" else "sync"
-    same_step = {"autoreset_mode": AutoresetMode.SAME_STEP}
-    return gym.make_vec(args.env_id, num_envs, vectorization_mode=mode, vector_kwargs=same_step, **kwargs)
+    else:
+        spaces.register_robots(args.env_id)
+        wrappers += [spaces.cut, spaces.Plain] if evaluation else [spaces.Plain]
+    how = {"vectorization_mode": "async" if backend == "gymnasium-async" else "sync", "wrappers": wrappers}
+    return gym.make_vec(
+        args.env_id, num_envs, vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}, **how, **kwargs
+    )
+
+
+def refuse_nonfinite(what: str, values: np.ndarray, env_id: str, episodes: "Episodes") -> None:
+    """values (n, ...) of n environments, where they stand in their episodes: a number that float32 cannot hold ends it."""
+    fine = (np.abs(values) <= np.finfo(np.float32).max).reshape(len(values), -1).all(1)  # not so for NaN
+    if not fine.all():
+        i = int(np.argmin(fine))
+        worst = np.ravel(values[i])[~(np.abs(np.ravel(values[i])) <= np.finfo(np.float32).max)][0]
+        fail(f"{env_id} gave {what} {worst} after {episodes.length[i]} steps of an episode (environment {i})")
 
 
 def start(envs: VectorEnv, actions: np.ndarray) -> Callable[[], tuple]:
@@ -121,8 +141,9 @@ def successors(next_obs, infos: dict, dones: np.ndarray):
 
 
 def success_flags(infos: dict, dones: np.ndarray) -> np.ndarray | None:
-    """(N,) bool `is_success` of the step just taken, also where it ended an episode; None: the task has none."""
-    now, final = infos.get("is_success"), infos.get("final_info", {}).get("is_success")
+    """(N,) bool `is_success` or `success` of the step just taken, also where it ended an episode; None: no such info."""
+    name = "is_success" if {"is_success"} & (infos.keys() | infos.get("final_info", {}).keys()) else "success"
+    now, final = infos.get(name), infos.get("final_info", {}).get(name)
     if now is None and final is None:
         return None
     now, final = (np.zeros(len(dones)) if x is None else x for x in (now, final))
@@ -161,10 +182,11 @@ def summary(episodes: list[dict], prefix: str) -> dict[str, float]:
     """Means over episodes; the success rate with its interval."""
     if not episodes:
         return {}
-    n, mean = len(episodes), lambda key: float(np.mean([e[key] for e in episodes]))
+    # 0: some environments speak of success in the last step only, or when it comes
+    n, mean = len(episodes), lambda key: float(np.mean([e.get(key, 0.0) for e in episodes]))
     metrics = {f"{prefix}/episodic_return": mean("return"), f"{prefix}/episodic_length": mean("length")}
-    if "success" in episodes[0]:
-        low, high = wilson(sum(e["success"] for e in episodes), n)
+    if any("success" in e for e in episodes):
+        low, high = wilson(sum(e.get("success", False) for e in episodes), n)
         metrics |= {
             f"{prefix}/success_rate": mean("success"),
             f"{prefix}/success_rate_low": low,

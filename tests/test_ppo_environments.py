@@ -1,0 +1,216 @@
+"""Environments of every kind under ppo_fetch.py: each is learnt, or refused in one line before anything is made."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import flags_of, run_script
+from gymnasium import spaces
+
+import ppo_fetch
+import ppo_gr00t
+from common.robot import fetch
+
+BOX = spaces.Box(-1, 1, (2,))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs main() in this process; returns (exit code, run folder or None)."""
+
+    def start(module=ppo_fetch, **flags):
+        base = {} if module is ppo_gr00t else {"env_backend": "gymnasium"}
+        argv = flags_of(**{"output_dir": tmp_path / "runs", "capture_video": False} | base | flags)
+        code = run_script(module, [module.__file__, *argv], monkeypatch)
+        runs = sorted((tmp_path / "runs").glob("*/*"), key=lambda path: path.stat().st_mtime)
+        return code, runs[-1] if runs else None
+
+    return start
+
+
+class Made(gym.Env):
+    """Made of any spaces; a step is an episode unless a subclass says otherwise."""
+
+    def __init__(self, observation_space=BOX, action_space=BOX):
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(int(self.np_random.integers(2**31)))
+        self.obs, self.t = self.observation_space.sample(), 0
+        return self.obs, {}
+
+    def reward(self, action) -> float:
+        return 0.0
+
+    def step(self, action):
+        self.t += 1
+        return self.observation_space.sample(), self.reward(action), True, False, {}
+
+
+class Endless(Made):
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+class Poison(Made):
+    """Episodes of 20 steps; in the 15th step of an episode, a number that is none."""
+
+    def __init__(self, where: str, value: float):
+        super().__init__()
+        self.where, self.value = where, value
+
+    def step(self, action):
+        self.t += 1
+        obs, reward = self.observation_space.sample(), 1.0
+        if self.t == 15:
+            obs, reward = (obs * self.value, 1.0) if self.where == "observation" else (obs, self.value)
+        return obs, reward, False, self.t == 20, {}
+
+
+def needs_box2d():
+    raise gym.error.DependencyNotInstalled('Box2D is not installed, run `pip install "gymnasium[box2d]"`')
+
+
+def needs_mujoco_py():
+    import a_package_that_nobody_has  # noqa: F401
+
+
+def broken():
+    raise RuntimeError("no licence\nfound")
+
+
+def register(name: str, entry, **kwargs) -> str:
+    gym.register(f"{name}-v0", entry, **kwargs)
+    return f"{name}-v0"
+
+
+TEXT, PICTURE = spaces.Text(5), spaces.Box(0, 255, (64, 48, 3), np.uint8)
+NODES = spaces.Graph(spaces.Box(-1, 1, (2,)), None)
+REFUSED = {  # environment -> words of the line
+    "Text": (lambda: Made(TEXT), "shows a Text space"),
+    "Graph": (lambda: Made(spaces.Dict(a=BOX, b=NODES)), "shows a Graph space"),
+    "Sequence": (lambda: Made(spaces.Tuple([BOX, spaces.Sequence(BOX)])), "shows a Sequence space"),
+    "Image": (lambda: Made(PICTURE), "an image (64, 48, 3)"),
+    "DictImage": (lambda: Made(spaces.Dict(camera=PICTURE, state=BOX)), "an image (64, 48, 3)"),
+    "FloatImage": (lambda: Made(spaces.Box(0, 1, (3, 84, 84))), "an image (3, 84, 84)"),
+    "Wide": (lambda: Made(spaces.Discrete(10**7)), "10,000,000 numbers"),
+    "Empty": (lambda: Made(spaces.Box(-1, 1, (0,))), "shows 0 numbers"),
+    "DictActions": (lambda: Made(BOX, spaces.Dict(a=BOX)), "has a Dict action space"),
+    "TupleActions": (lambda: Made(BOX, spaces.Tuple([BOX])), "has a Tuple action space"),
+    "TextActions": (lambda: Made(BOX, TEXT), "has a Text action space"),
+    "NoActions": (lambda: Made(BOX, spaces.Box(-1, 1, (0,))), "empty action space"),
+    "Box2D": (needs_box2d, "Box2D is not installed"),
+    "MujocoPy": (needs_mujoco_py, "a_package_that_nobody_has"),
+    "Broken": (broken, "RuntimeError: no licence found"),
+    "Endless": (Endless, "--max-episode-steps"),
+    "InfStart": (lambda: Made(spaces.Box(np.inf, np.inf, (2,))), "not finite"),
+    "Steps": (lambda: Raises(), "ValueError: step went wrong"),
+}
+
+
+class Raises(Made):
+    def step(self, action):
+        raise ValueError("step went wrong")
+
+
+IDS = {name: register(f"Refused{name}", entry) for name, (entry, _) in REFUSED.items()}
+
+
+def one_line(err: str) -> str:
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_environment_that_cannot_be_learnt_is_refused_in_one_line_before_the_folder_exists(name, run, capsys):
+    code, folder = run(env_id=IDS[name])
+    assert code == 2 and folder is None and REFUSED[name][1] in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"env_id": "FetchReach-v2"}, "use FetchReach-v4"),
+        ({"env_id": "fetchpushdense-v1", "env_backend": "native"}, "use FetchPushDense-v4"),
+        ({"env_id": "FetchSlide"}, "use FetchSlide-v4"),
+        ({"env_id": "CartPole-v9"}, "`v1`"),
+        ({"env_id": "Hopper-v3"}, "Hopper-v3 cannot be made"),
+        ({"env_id": "NoSuchThing-v0"}, "NoSuchThing"),
+        ({"env_id": "no_such_module:Env-v0"}, "No module named 'no_such_module'"),
+        ({"env_id": "json:Env-v0"}, "Environment `Env` doesn't exist"),
+        ({"env_id": ":CartPole-v1"}, "cannot be made"),
+        ({"env_id": "a b"}, "Malformed"),
+        ({"env_id": "CartPole-v1", "observation_mode": "delta"}, "--observation-mode"),
+        ({"env_id": "CartPole-v1", "reward_mode": "dense"}, "--reward-mode"),
+        ({"env_id": "CartPole-v1", "num_threads": 2}, "--num-threads"),
+        ({"env_id": "CartPole-v1", "stagger": False}, "--no-stagger"),
+        ({"env_id": "CartPole-v1", "log_std_init": -1.0}, "--log-std-init"),
+        ({"env_id": "FetchReach-v4", "stagger": False}, "--no-stagger"),
+        ({"env_id": "CartPole-v1", "max_episode_steps": 0}, "max"),
+        ({"env_id": "FetchReach-v4", "max_episode_steps": 0}, "max"),
+        ({"env_id": "FetchReach-v1", "module": ppo_gr00t}, "use FetchReach-v4"),
+        ({"env_id": "FetchSlide-v4", "module": ppo_gr00t}, "FetchPush-v4"),
+        ({"env_id": "CartPole-v1", "module": ppo_gr00t}, "FetchReach-v4"),
+    ],
+)
+def test_an_id_or_a_flag_that_does_nothing_is_refused_in_one_line(flags, words, run, capsys):
+    code, folder = run(**flags)
+    assert code == 2 and folder is None and words in one_line(capsys.readouterr().err)
+
+
+SHORT = dict(total_timesteps=64, num_envs=2, num_steps=16, env_groups=1, eval_episodes=1, eval_every=0, hidden=8)
+
+
+@pytest.mark.parametrize("where", ["observation", "reward"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_a_number_that_is_none_ends_the_run_in_one_line_that_names_environment_and_step(where, value, run, capsys):
+    if value == 1e300 and where == "observation":
+        pytest.skip("float32 has no such number")
+    name = f"Poison{where}{len(str(value))}-v0"
+    gym.register(name, lambda: Poison(where, value), max_episode_steps=20)
+    code, _ = run(env_id=name, **SHORT)
+    line = one_line("\n".join(x for x in capsys.readouterr().err.splitlines() if x.startswith("error")))
+    assert code == 2 and f"{name} gave the {where} " in line and "after 14 steps" in line
+
+
+def test_an_id_of_the_users_own_module_is_what_gym_make_takes(run, tmp_path, monkeypatch):
+    (tmp_path / "my_robots.py").write_text(
+        "import gymnasium as gym\n"
+        "gym.register('MyPole-v0', 'gymnasium.envs.classic_control:CartPoleEnv', max_episode_steps=50)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code, folder = run(env_id="my_robots:MyPole-v0", **SHORT)
+    assert code == 0 and (folder / "last").exists()
+    sys.modules.pop("my_robots")
+
+
+def test_an_id_with_dense_in_it_trains_on_the_dense_reward():
+    for module in (ppo_fetch, ppo_gr00t):
+        for given, expected in ((None, "dense"), ("shaped", "shaped")):
+            args = module.resolve(replace(module.Args(), env_id="FetchPushDense-v4", reward_mode=given))
+            assert args.reward_mode == expected and args.num_minibatches
+        assert module.resolve(replace(module.Args(), env_id="FetchPush-v4")).reward_mode == "shaped"
+    from common.robot.fetch_robot import FetchRobot
+
+    class Blind:
+        class config:
+            video = ()
+
+    assert FetchRobot(Blind, "FetchPushDense-v4").instruction == FetchRobot(Blind, "FetchPush-v4").instruction
+    assert not fetch.is_fetch("FetchReach") and not fetch.is_fetch("FetchReach-v2")
+
+
+def test_a_bogus_renderer_ends_in_one_line(tmp_path):
+    import os
+    import subprocess
+
+    root = Path(ppo_fetch.__file__).parent
+    code = "import common.robot.fetch"
+    out = subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"MUJOCO_GL": "bogus"},
+                         capture_output=True, text=True)  # fmt: skip
+    assert out.returncode == 2 and "bogus" in one_line(out.stderr) and "egl" in out.stderr
