@@ -106,7 +106,7 @@ def make_envs(
 
 
 def refuse_nonfinite(what: str, values: np.ndarray, env_id: str, episodes: "Episodes") -> None:
-    """values (n, ...) of n environments, where they stand in their episodes: a number that float32 cannot hold ends it."""
+    """values (n, ...) of n environments, as they stand in their episodes: one that float32 cannot hold ends it all."""
     fine = (np.abs(values) <= np.finfo(np.float32).max).reshape(len(values), -1).all(1)  # not so for NaN
     if not fine.all():
         i = int(np.argmin(fine))
@@ -141,7 +141,7 @@ def successors(next_obs, infos: dict, dones: np.ndarray):
 
 
 def success_flags(infos: dict, dones: np.ndarray) -> np.ndarray | None:
-    """(N,) bool `is_success` or `success` of the step just taken, also where it ended an episode; None: no such info."""
+    """(N,) bool `is_success` or `success` of the step just taken, also where it ended an episode; None: neither."""
     name = "is_success" if {"is_success"} & (infos.keys() | infos.get("final_info", {}).keys()) else "success"
     now, final = infos.get(name), infos.get("final_info", {}).get(name)
     if now is None and final is None:
