@@ -59,7 +59,8 @@ class Args(SimArgs):
     env_id: Text = "FetchReach-v4"
     """FetchReach-v4, FetchPush-v4, FetchSlide-v4, FetchPickAndPlace-v4, or any Gymnasium id with another backend"""
     env_backend: Literal["native", "gymnasium", "gymnasium-async"] = "native"
-    """native: FetchVec, physics on threads; gymnasium: one after the other; gymnasium-async: a process each"""
+    """native: FetchVec, physics on threads; gymnasium: one after the other; gymnasium-async: a process each. These two
+    cannot be saved: a resumed run begins new episodes"""
     observation_mode: Literal["observation", "observation_goal", "full", "delta"] | None = None
     """what the policy sees of Fetch, see common/robot/fetch.py; default: delta; others: their own observation"""
     reward_mode: Literal["sparse", "dense", "distance", "shaped", "env"] | None = None
@@ -166,10 +167,11 @@ class Group:
         self.potential = potential_of(obs, args)
 
 
-def make_groups(args: Args, world: World, pool=None) -> list[Group]:
-    """This process's environments at their first training episodes; `pool` steps physics."""
+def make_groups(args: Args, world: World, pool=None, *resumed: int) -> list[Group]:
+    """This process's environments at their first training episodes, or new ones after the step `resumed`; `pool` steps
+    physics."""
     # 32 bits: what any simulator takes for a seed
-    seeds = [stream_seed(args.seed, "environment", i) % 2**32 for i in range(args.num_envs)]
+    seeds = [stream_seed(args.seed, "environment", i, *resumed) % 2**32 for i in range(args.num_envs)]
     mine = world.share(args.num_envs)
     n, groups = (mine.stop - mine.start) // args.env_groups, []
     for first in range(mine.start, mine.stop, n):
@@ -261,7 +263,9 @@ class Agent(nn.Module):
         s = self.return_statistics
         if not self.scale_rewards or s.count == 0:
             return torch.ones((), dtype=torch.float64)
-        return 1.0 / (s.var.sqrt()[0] + 1e-8)
+        # returns that hardly vary, or not at all, are no measure
+        std = torch.maximum(s.var.sqrt(), 0.01 * s.mean.abs())[0]
+        return 1.0 / (std + 1e-8) if std > 0 else torch.ones_like(std)
 
 
 def orthogonal(layer: nn.Linear, gain: float) -> nn.Linear:
@@ -660,8 +664,10 @@ def train(run: Run, args: Args) -> None:
 
     state = run.resume(state, optimizer)
     if run.checkpoint:
-        for group in sim.load(run, state, groups, carry, scaler):
+        loaded = sim.load(run, state, groups, carry, scaler)
+        for group in loaded:
             group.observe(group.envs.observe(), args)
+        groups = loaded or make_groups(args, world, pool, run.first)
     else:
         idle = evaluate(do_nothing(space), eval_envs, args) if world.main else {}
         state["base"] = {key.replace("eval/", "baseline/"): value for key, value in idle.items()}

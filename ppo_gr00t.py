@@ -310,7 +310,9 @@ class Agent(nn.Module):
         s = self.return_statistics
         if not self.scale_rewards or s.count == 0:
             return torch.ones((), dtype=torch.float64)
-        return 1.0 / (s.var.sqrt()[0] + 1e-8)
+        # returns that hardly vary, or not at all, are no measure
+        std = torch.maximum(s.var.sqrt(), 0.01 * s.mean.abs())[0]
+        return 1.0 / (std + 1e-8) if std > 0 else torch.ones_like(std)
 
 
 def orthogonal(layer: nn.Linear, gain: float) -> nn.Linear:

@@ -7,19 +7,22 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import flags_of, run_script
+import torch
+from conftest import flags_of, rows, run_script
 from gymnasium import spaces
 
 import ppo_fetch
 import ppo_gr00t
 from common.robot import fetch
+from common.robot.spaces import Actions
 
 BOX = spaces.Box(-1, 1, (2,))
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs main() in this process; returns (exit code, run folder or None)."""
+    """Runs main() in this process, without figures; returns (exit code, run folder or None)."""
+    monkeypatch.setattr("common.plot.draw", lambda *args: [])
 
     def start(module=ppo_fetch, **flags):
         base = {} if module is ppo_gr00t else {"env_backend": "gymnasium"}
@@ -214,3 +217,132 @@ def test_a_bogus_renderer_ends_in_one_line(tmp_path):
     out = subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"MUJOCO_GL": "bogus"},
                          capture_output=True, text=True)  # fmt: skip
     assert out.returncode == 2 and "bogus" in one_line(out.stderr) and "egl" in out.stderr
+
+
+# ---- what is learnt --------------------------------------------------------------------------------------------------
+
+
+class Match(Made):
+    """One step: which action is right is a matter of the observation. What it is told must be in its own space."""
+
+    def __init__(self, observation_space, action_space, draw, score):
+        super().__init__(observation_space, action_space)
+        self.draw, self.score = draw, score
+
+    def reset(self, *, seed=None, options=None):
+        gym.Env.reset(self, seed=seed)
+        self.key = int(self.np_random.integers(16))
+        return self.draw(self.key), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), (action, self.action_space)
+        return self.draw(self.key), float(self.score(self.key, action)), True, False, {}
+
+
+def box(low, high, shape=(1,), dtype=np.float32):
+    return spaces.Box(low, high, shape, dtype)
+
+
+def near(target, span):
+    """The score of an action anywhere in a box: 0 at the target, -1 when it is `span` off."""
+    return lambda key, action: -np.mean(np.abs(np.asarray(action, np.float64) - target)) / span
+
+
+def bit(key, action):
+    """Whether the action is the lowest bit of the key."""
+    return np.all(np.asarray(action) == key % 2)
+
+
+BIT, TWO = box(0, 1), spaces.Discrete(2)
+NESTED = spaces.Dict(a=spaces.Tuple([spaces.Discrete(2, start=5), box(-1, 1, (2, 2))]), b=spaces.MultiBinary((2, 2)))
+LOOKUP = np.random.default_rng(0).permutation(np.arange(16) % 4)
+
+
+def nested(key):
+    return {"a": (np.int64(5 + key % 2), np.zeros((2, 2), np.float32)), "b": np.ones((2, 2), np.int8)}
+
+
+def plain(key):
+    return np.array([key % 2], np.float32)
+
+
+# name -> observations, actions, how the key is shown, the score of an action, what a trained policy gets at least
+LEARNT = {
+    "wide": (BIT, box(-100, 100), plain, near(40, 100), -0.1),
+    "far": (BIT, box(10, 20), plain, near(17, 5), -0.1),
+    "small": (BIT, box(0, 0.01), plain, near(0.002, 0.005), -0.1),
+    "matrix": (BIT, box(-3, 3, (2, 2)), plain, near(np.array([[1, -1], [2, 0]]), 3), -0.15),
+    "scalar": (BIT, box(-5, 5, ()), plain, near(3, 5), -0.1),
+    "integer": (BIT, box(0, 10, dtype=np.int64), plain, near(8, 5), -0.15),
+    "unbounded": (BIT, box(-np.inf, np.inf), plain, near(1.5, 1), -0.15),
+    "half bounded": (BIT, spaces.Box(np.array([0, -1], np.float32), np.array([np.inf, 1], np.float32)), plain,
+                     near(np.array([1, 0.5]), 1), -0.15),  # fmt: skip
+    "start": (BIT, spaces.Discrete(2, start=1), plain, lambda key, action: action == 1 + key % 2, 0.9),
+    "several": (BIT, spaces.MultiDiscrete([[3, 2], [2, 4]]), plain,
+                lambda key, action: (action == np.array([[2, key % 2], [1, 3]])).mean(), 0.9),  # fmt: skip
+    "bits": (BIT, spaces.MultiBinary(3), plain, lambda key, action: (action == [1, 0, key % 2]).mean(), 0.9),
+    "lookup": (spaces.Discrete(16), spaces.Discrete(4), np.int64, lambda key, action: action == LOOKUP[key], 0.9),
+    "places": (spaces.MultiDiscrete([4, 4]), spaces.Discrete(4), lambda key: np.array([key // 4, key % 4]),
+               lambda key, action: action == (3, 0, 2, 1)[key % 4], 0.9),  # fmt: skip
+    "flags": (spaces.MultiBinary(4), TWO, lambda key: np.array([key >> i & 1 for i in range(4)], np.int8), bit, 0.9),
+    "nested": (NESTED, TWO, nested, bit, 0.9),
+    "large": (box(0, 2e8, dtype=np.float64), TWO, lambda key: np.array([1e8 + key % 2]), bit, 0.9),
+    "tiny": (box(-1, 1), TWO, lambda key: np.array([1e-5 * (key % 2)], np.float32), bit, 0.9),
+}  # fmt: skip
+QUICK = dict(
+    total_timesteps=3072, num_envs=16, num_steps=16, env_groups=1, eval_episodes=32, eval_every=0, hidden=16,
+    learning_rate=1e-2, update_epochs=6, target_kl=0.1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEARNT)
+def test_what_an_environment_shows_and_takes_is_learnt(name, run):
+    *made, worth = LEARNT[name]
+    env_id = register(f"Learnt{name.title().replace(' ', '')}", lambda: Match(*made))
+    code, folder = run(env_id=env_id, **QUICK)
+    first, last = rows(folder)[0], rows(folder)[-1]
+    assert code == 0 and first["eval/episodic_return"] < worth <= last["eval/episodic_return"], last
+    assert last["losses/first_ratio_error"] == 0
+
+
+def test_actions_reach_the_ends_of_their_box_and_no_further():
+    space = spaces.Box(np.array([0, -np.inf, -3], np.float32), np.array([0.01, np.inf, np.inf], np.float32))
+    actions = Actions(space)
+    assert actions.policy.low.tolist() == [-1, -np.inf, -np.inf] and actions.policy.high[0] == 1
+    for a, expected in (([-1, -7, -7], [0, -7, -3]), ([1, 7, 7], [0.01, 7, 7]), ([-9, 0, 0], [0, 0, 0])):
+        done = actions.executed(np.array(a, np.float32))
+        assert done.tolist() == np.array(expected, np.float32).tolist() and space.contains(done)
+    assert actions.executed(actions.policy.zero).tolist() == [0, 0, 0]  # doing nothing is 0, not the middle of the box
+    whole = Actions(spaces.Box(0, 255, (2, 3), np.uint8))
+    assert whole.executed(np.linspace(-1, 1, 6)).tolist() == [[0, 51, 102], [153, 204, 255]]
+
+
+def test_readings_keep_their_precision_and_floors_know_the_unit():
+    args = replace(ppo_fetch.resolve(replace(ppo_fetch.Args(), env_id="Other-v0")), hidden=8)
+    x = 1e8 + torch.rand(100, 1, dtype=torch.float64)
+    for readings in (x, 1e-5 * torch.rand(100, 1), 1e-5 * torch.rand(100, 1) + 1):
+        agent = ppo_fetch.Agent(1, BOX, args)
+        agent.statistics.update(readings)
+        assert agent.normalize(readings).dtype == torch.float32
+        assert agent.normalize(readings).std() == pytest.approx(1, abs=0.05 if readings.dtype == torch.float64 else 0.7)
+    noise = 1 + 1e-7 * torch.randn(100, 1)  # roundings of float32: not a signal
+    agent = ppo_fetch.Agent(1, BOX, args)
+    agent.statistics.update(noise)
+    assert agent.normalize(noise).abs().max() < 0.3
+    fetch_agent = ppo_fetch.Agent(1, BOX, replace(args, env_id="FetchReach-v4"))
+    fetch_agent.statistics.update(1e-5 * torch.randn(100, 1))
+    assert fetch_agent.normalize(1e-5 * torch.randn(100, 1)).abs().max() < 0.1  # metres: a blocked finger's noise
+
+
+@pytest.mark.parametrize("module", [ppo_fetch, ppo_gr00t])
+def test_returns_that_do_not_vary_are_no_measure_of_rewards(module):
+    class Bare:
+        scale_rewards = True
+
+    for values, most in ((np.zeros(50), 1), (np.ones(50), 100), (np.full(50, 1e4) + np.arange(50) * 1e-6, 0.01)):
+        agent = Bare()
+        agent.return_statistics = module.RunningStatistics(1)
+        agent.return_statistics.update(torch.from_numpy(values)[:, None])
+        assert 0 < module.Agent.reward_scale(agent) <= most * 1.0001
+    with pytest.raises(SystemExit):
+        agent.return_statistics.update(torch.tensor([[torch.nan]]))

@@ -85,7 +85,7 @@ class Actions:
 
     def nothing(self) -> np.ndarray:
         """(A,) what the policy says for actions of 0, or as near as the box allows."""
-        span = np.where(self.high > self.low, self.high - self.low, 1.0)
+        span = np.where(self.bounded & (self.high > self.low), self.high - self.low, 1.0)
         at = np.where(self.bounded, 2 * (np.clip(0.0, self.low, self.high) - self.low) / span - 1, 0.0)
         return at.astype(np.float32)
 
@@ -100,7 +100,7 @@ class Actions:
         values = np.where(self.bounded, low + (a.clip(-1, 1) + 1) / 2 * span, a).clip(self.low, self.high)
         if self.dtype.kind in "iu":
             values = np.rint(values)
-        return values.astype(self.dtype).reshape(self.shape).clip(self.space.low, self.space.high)
+        return np.asarray(values.astype(self.dtype).reshape(self.shape).clip(self.space.low, self.space.high))
 
 
 def unable(space: gym.Space) -> str:
