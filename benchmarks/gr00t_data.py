@@ -46,9 +46,9 @@ def reopened(data, row: int) -> tuple[dict, np.ndarray]:
 
     episodes = data.sets[0]
     e = int(np.searchsorted(episodes.starts, row, side="right")) - 1
-    frame, info = row - int(episodes.starts[e]), episodes.info
-    place = dict(episode_chunk=episodes.ids[e] // info["chunks_size"], episode_index=episodes.ids[e])
-    columns = lerobot.read_columns(episodes.path / info["data_path"].format(**place), sorted(episodes.columns))
+    frame, recorded = row - int(episodes.starts[e]), episodes.recorded[e]
+    widths = {name: rows.shape[1] for name, rows in episodes.columns.items()}
+    columns = lerobot.read_columns(recorded.data, widths)
     rows = np.minimum(frame + np.arange(g.HORIZON), len(next(iter(columns.values()))) - 1)
     raw = {}
     for kind, at in (("state", [frame]), ("action", rows)):
@@ -58,8 +58,7 @@ def reopened(data, row: int) -> tuple[dict, np.ndarray]:
         raw[kind] = encode(kind, raw[kind], data.config, data.metadata)
     views = []
     for video in data.config.video:
-        path = episodes.path / info["video_path"].format(**place, video_key=episodes.modality["video"][video])
-        with av.open(str(path)) as container:
+        with av.open(str(recorded.clips[episodes.modality["video"][video]].file)) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             container.seek(int(frame / stream.average_rate / stream.time_base), stream=stream)  # the keyframe before

@@ -535,7 +535,7 @@ def edit(folder: Path, tmp_path: Path, file: str, change) -> Path:
 @pytest.mark.parametrize(
     "file, change, message",
     [
-        ("meta/info.json", lambda c: c.update(codebase_version="v3.0"), "user/name@v2.1"),
+        ("meta/info.json", lambda c: c.update(codebase_version="v1.6"), "user/name@v2.1"),
         ("meta/info.json", None, "not a LeRobot data set"),
         ("meta/info.json", lambda c: c.pop("data_path"), "data_path"),
         ("meta/modality.json", lambda c: c["action"].pop("gripper"), "--data-config auto"),
@@ -549,10 +549,23 @@ def edit(folder: Path, tmp_path: Path, file: str, change) -> Path:
         ),
         ("meta/modality.json", lambda c: c.update(annotation={"other": {"original_key": "task_index"}}), "'task'"),
         ("meta/modality.json", lambda c: c["action"]["gripper"].update(dtype="int64"), "binary only"),
-        ("meta/modality.json", b"{", "not JSON"),
-        ("meta/episodes.jsonl", None, "missing"),
+        ("meta/modality.json", b"{", "Invalid JSON"),
+        ("meta/episodes.jsonl", None, "No such file"),
         ("meta/episodes.jsonl", b'{"episode_index": 0, "length": 21}', "20 rows"),
         ("meta/tasks.jsonl", b'{"task_index": 0, "task": "lift it"}', "holds task 1"),
+        ("meta/tasks.jsonl", b'{"task_index": 0}', "line 1: task"),
+        ("meta/episodes.jsonl", b'{"episode_index": 0}', "line 1: length"),
+        ("meta/episodes.jsonl", b'{"episode_index": 0, "length": 0}', "length 0: must be at least 1"),
+        ("meta/episodes.jsonl", b'{"episode_index": 0, "length": 20}\n{"episode_ind', "line 2"),
+        ("meta/episodes.jsonl", b'{"episode_index": 0, "length": 20}\n' * 2, "twice"),
+        ("meta/info.json", lambda c: c["features"]["action"].update(shape=[6]), "6 wide"),
+        ("meta/info.json", lambda c: c["features"]["observation.state"].update(shape=[9]), "rows of 8 numbers"),
+        ("meta/info.json", lambda c: c.update(chunks_size=0), "chunks_size 0"),
+        ("meta/info.json", lambda c: c.update(fps="10"), "fps '10'"),
+        ("meta/info.json", lambda c: c.update(video_path=None), "no video_path"),
+        ("meta/info.json", lambda c: c.update(discarded_episode_indices=[0, 1, 2, 3]), "lists no episode"),
+        ("meta/info.json", lambda c: c["features"]["observation.images.top"].update(dtype="float32"), "no camera"),
+        ("meta/modality.json", lambda c: c["state"]["arm"].update(rotation_type="euler"), "rotation_type 'euler'"),
         ("data/chunk-000/episode_000001.parquet", None, "episode_000001.parquet"),
         ("data/chunk-000/episode_000001.parquet", b"nothing", "cannot be read"),
         ("videos/chunk-000/observation.images.top/episode_000001.mp4", None, "is missing"),
@@ -566,6 +579,245 @@ def test_bad_folders_end_in_one_line(folder, tmp_path, capsys, file, change, mes
         open_frames(data, args, range(len(data.episodes)), 28)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+BROKEN = {"truncated": b'{"a', "list": b"[]", "null": b"null", "number": b"3", "nested": b'{"features": [1]}', "": b""}
+META = ("info.json", "modality.json", "stats.json", "episodes.jsonl", "tasks.jsonl")
+
+
+@pytest.mark.parametrize("file", META)
+@pytest.mark.parametrize("content", BROKEN)
+def test_meta_files_of_other_types_end_in_one_line(rows_only, tmp_path, capsys, file, content):
+    copy = edit(rows_only, tmp_path, f"meta/{file}", BROKEN[content])
+    with pytest.raises(SystemExit) as stop:
+        load(copy, BLIND)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and file.partition(".")[0] in error
+
+
+PAYLOADS = (
+    "data/{episode_index.__class__.__mro__}.parquet",
+    "data/{episode_index!r}.parquet",
+    "data/{episode_index:01000000d}.parquet",
+    "data/{episode_index:{episode_chunk}}.parquet",
+    "data/{nobody}.parquet",
+    "data/{}.parquet",
+    "../outside/{episode_index}.parquet",
+    "data/../../outside/{episode_index}.parquet",
+    "/{episode_index}.parquet",
+    "data/{episode_index}.parquet\0",
+)
+
+
+@pytest.mark.parametrize("kind", ["data_path", "video_path"])
+@pytest.mark.parametrize("pattern", PAYLOADS)
+def test_file_patterns_are_filled_in_and_never_leave_the_folder(folder, tmp_path, capsys, kind, pattern):
+    """The files that the patterns lead to are there, and good: only their place is wrong."""
+    copy = edit(folder, tmp_path, "meta/info.json", lambda c: c.update({kind: pattern}))
+    (tmp_path / "outside").mkdir()
+    for i in range(4):
+        shutil.copy(copy / f"data/chunk-000/episode_{i:06d}.parquet", tmp_path / f"outside/{i}.parquet")
+    with pytest.raises(SystemExit) as stop:
+        load(copy)
+    error = capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and error.count("\n") == 1 and len(error) < 1000 and "must stay inside the folder" in error
+    )
+
+
+def test_a_cameras_name_does_not_leave_the_folder_either(folder, tmp_path, capsys):
+    copy = edit(folder, tmp_path, "meta/info.json", lambda c: c["features"].update({"../../x": CAMERA}))
+    with pytest.raises(SystemExit):
+        load(copy)
+    assert "must stay inside the folder" in capsys.readouterr().err
+
+
+def test_a_hubs_snapshot_of_links_is_read(rows_only, tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots/abc"
+    blobs.mkdir()
+    for i, file in enumerate(path for path in rows_only.rglob("*") if path.is_file()):
+        link = snapshot / file.relative_to(rows_only)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blobs / str(i))
+        link.symlink_to(blobs / str(i))
+    assert (load(snapshot, BLIND)[0].action == load(rows_only, BLIND)[0].action).all()
+
+
+# ---- folders as people have them -------------------------------------------------------------------------------------
+
+CAMERA = {"dtype": "video", "shape": [48, 64, 3], "names": ["height", "width", "channels"]}
+BLIND = DataConfig((), CONFIG.state, CONFIG.action, "task")
+
+
+@pytest.fixture(scope="module")
+def rows_only(tmp_path_factory):
+    """A small data set without videos, with the statistics of its rows."""
+    root = write_set(tmp_path_factory.mktemp("rows") / "robot", lengths=(5, 4, 6), video=False)
+    columns = lerobot.read_episodes(root).columns
+    stats = {name: lerobot.column_statistics(rows) for name, rows in columns.items()}
+    text = json.dumps({n: {k: v.tolist() for k, v in s.items()} for n, s in stats.items()})
+    (root / "meta/stats.json").write_text(text)
+    return root
+
+
+def change_column(folder: Path, name: str, values, episode=1) -> None:
+    """Another column `name` in an episode's file; None: without it."""
+    file = folder / f"data/chunk-000/episode_{episode:06d}.parquet"
+    table = pq.read_table(file)
+    table = table.drop_columns([name])
+    pq.write_table(table if values is None else table.append_column(name, values), file)
+
+
+VECTOR = np.zeros((4, 8)).tolist()
+COLUMN_FAULTS = {
+    "null row": ("action", pa.array([*VECTOR[:3], None]), "rows without a value"),
+    "null number": ("action", pa.array([*VECTOR[:3], [None] * 8]), "rows without a value"),
+    "ragged": ("action", pa.array([*VECTOR[:3], [0.0] * 7]), "rows of 7 numbers"),
+    "narrow": ("action", pa.array([[0.0] * 6] * 4), "rows of 6 numbers"),
+    "fixed and narrow": ("action", pa.FixedSizeListArray.from_arrays(pa.array([0.0] * 24), 6), "rows of 6 numbers"),
+    "2-D": ("action", pa.array([[[0.0] * 4] * 2] * 4), "not numbers or vectors"),
+    "scalar": ("action", pa.array([0.0] * 4), "rows of 1 numbers"),
+    "struct": ("action", pa.array([{"a": 1.0}] * 4), "not numbers or vectors"),
+    "nan": ("observation.state", pa.array([[float("nan")] * 8] * 4), "not finite"),
+    "text for a task": ("task_index", pa.array(["lift it"] * 4), "holds string"),
+    "null task": ("task_index", pa.array([0, 0, 0, None]), "rows without a value"),
+    "no column": ("observation.state", None, "has no column"),
+    "empty": (None, None, "has 0 rows"),
+}
+
+
+@pytest.mark.parametrize("fault", COLUMN_FAULTS)
+def test_columns_that_are_no_vectors_end_in_one_line(rows_only, tmp_path, capsys, fault):
+    copy, (name, values, message) = Path(shutil.copytree(rows_only, tmp_path / "copy")), COLUMN_FAULTS[fault]
+    if name:
+        change_column(copy, name, values)
+    else:
+        file = copy / "data/chunk-000/episode_000001.parquet"
+        pq.write_table(pq.read_table(file).slice(0, 0), file)
+    with pytest.raises(SystemExit) as stop:
+        load(copy, BLIND)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1 and "episode" in error
+
+
+def test_columns_of_every_number_type_are_read_alike(rows_only, tmp_path):
+    copy = Path(shutil.copytree(rows_only, tmp_path / "copy"))
+    rows = pq.read_table(copy / "data/chunk-000/episode_000001.parquet")["action"].to_pylist()
+    whole = np.array(rows).round().astype(int).tolist()
+    (copy / "meta/stats.json").unlink()
+    found = []
+    for kind in (pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.int64()), pa.list_(pa.float32(), 8)):
+        change_column(copy, "action", pa.array(whole, kind))
+        found.append(load(copy, BLIND)[0].raw_action)
+    assert all((x == found[0]).all() for x in found)
+
+
+STAT_FAULTS = {
+    "narrow": (lambda s: s["action"].update(max=[1.0] * 7), "needs 8 finite numbers"),
+    "stale": (lambda s: s["action"].update(min=[-1e-3] * 8, max=[1e-3] * 8), "is not of this data"),
+    "words": (lambda s: s["action"].update(mean=["a"] * 8), "lists of numbers"),
+    "ragged": (lambda s: s["action"].update(mean=[[1.0], [1.0, 2.0]]), "lists of numbers"),
+    "nan": (lambda s: s["action"].update(mean=[None] * 8), "needs 8 finite numbers"),
+}
+
+
+@pytest.mark.parametrize("fault", STAT_FAULTS)
+def test_statistics_that_do_not_fit_the_rows_are_refused(rows_only, tmp_path, capsys, fault):
+    change, message = STAT_FAULTS[fault]
+    copy = edit(rows_only, tmp_path, "meta/stats.json", change)
+    with pytest.raises(SystemExit) as stop:
+        load(copy, BLIND)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and "delete it" in error and error.count("\n") == 1
+
+
+def test_statistics_wider_than_the_rows_are_somebodys_choice(rows_only, tmp_path):
+    copy = edit(rows_only, tmp_path, "meta/stats.json", lambda s: s["action"].update(min=[-90.0] * 8, max=[90.0] * 8))
+    assert load(copy, BLIND)[0].metadata["statistics"]["action"]["gripper"]["max"] == [90.0]
+
+
+def test_many_missing_files_are_one_line(folder, tmp_path, capsys):
+    for part, message in (("data", "rows; 3 of 4 files are"), ("videos", "video 'top'; 3 of 4 files are")):
+        copy = Path(shutil.copytree(folder, tmp_path / part))
+        for file in sorted((copy / part).rglob("episode_*"))[1:]:
+            file.unlink()
+        with pytest.raises(SystemExit):
+            load(copy)
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_what_threads_refuse_is_one_line(folder, tmp_path, capsys):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    for file in (copy / "data").rglob("*.parquet"):
+        file.write_bytes(b"nothing")
+    with pytest.raises(SystemExit) as stop:
+        load(copy)
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {name: place for place, name in enumerate(NAMES)},
+        dict(reversed({name: place for place, name in enumerate(NAMES)}.items())),
+        {"motors": NAMES},
+        {"left": NAMES[:4], "right": NAMES[4:]},
+        NAMES,
+    ],
+)
+def test_names_of_joints_come_in_several_forms(rows_only, names):
+    info = lerobot.read_info(rows_only)
+    for column in ("observation.state", "action"):
+        info["features"][column]["names"] = names
+    keys = {"left_arm": (0, 3), "left_gripper": (3, 4), "right_arm": (4, 7), "right_gripper": (7, 8)}
+    found = lerobot.propose_modality(info)["action"]
+    assert {key: (entry["start"], entry["end"]) for key, entry in found.items()} == keys
+
+
+@pytest.mark.parametrize("names", [None, 3, "abc", ["too", "few"], {"a": "b"}, [["x"]], {}])
+def test_names_that_do_not_fit_make_one_arm(rows_only, names):
+    info = lerobot.read_info(rows_only)
+    info["features"]["action"]["names"] = names
+    assert lerobot.propose_modality(info)["action"] == {"single_arm": {"start": 0, "end": 8}}
+
+
+def test_numbered_names_are_keys(rows_only):
+    info = lerobot.read_info(rows_only)
+    names = [*(f"gripper_position.{i}" for i in range(3)), *(f"goal.{i}" for i in range(5))]
+    info["features"]["action"]["names"] = names
+    expected = {"gripper_position": {"start": 0, "end": 3}, "goal": {"start": 3, "end": 8}}
+    assert lerobot.propose_modality(info)["action"] == expected
+
+
+def test_discarded_episodes_are_left_out_and_that_is_said(rows_only, tmp_path, capsys):
+    copy = edit(rows_only, tmp_path, "meta/info.json", lambda c: c.update(discarded_episode_indices=[1, 7]))
+    episodes = lerobot.read_episodes(copy)
+    assert "1 of 3 episodes are marked as discarded" in capsys.readouterr().out
+    whole = lerobot.read_episodes(rows_only)
+    assert episodes.ids == [0, 2] and episodes.starts.tolist() == [0, 5, 11]
+    assert (episodes.columns["action"] == np.delete(whole.columns["action"], np.s_[5:9], axis=0)).all()
+    expected = lerobot.column_statistics(episodes.columns["action"])
+    assert (episodes.statistics["action"]["max"] == expected["max"]).all()  # of what is trained on
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        CAMERA | {"info": {"video.is_depth_map": True}},
+        CAMERA | {"video_info": {"is_depth_map": True}},
+        CAMERA | {"shape": [48, 64, 1]},
+        CAMERA | {"shape": [1, 48, 64]},
+        CAMERA | {"shape": [48, 64]},
+    ],
+)
+def test_depth_is_not_trained_on(folder, tmp_path, capsys, feature):
+    copy = edit(folder, tmp_path, "meta/info.json", lambda c: c["features"].update({"observation.images.top": feature}))
+    assert "top" not in lerobot.propose_modality(lerobot.read_info(copy))["video"]
+    with pytest.raises(SystemExit):
+        load(copy)
+    error = capsys.readouterr().err
+    assert "depth is not trained on" in error and error.count("\n") == 1
 
 
 def test_a_video_of_another_length_is_refused(folder, tmp_path, capsys):

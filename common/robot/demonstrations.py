@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from common.cli import fail
 from common.parallel import World
 from common.robot.data_configs import DataConfig, check_keys
-from common.robot.lerobot import COLUMNS, STATISTICS, Episodes, cache_frames, read_episodes
+from common.robot.frames import cache_frames
+from common.robot.lerobot import COLUMNS, STATISTICS, Episodes, read_episodes
 from common.robot.policy import Interface
 from common.robot.transforms import ACTION_DIM, HORIZON, encode, pad, statistics_of, transform_images
 
@@ -34,7 +35,7 @@ PROGRESS = "task_progress"  # an action that is not recorded: how far the episod
 
 def read_mixture(folders: list[Path], config: DataConfig, name: str, say=print) -> list[Episodes]:
     """All data sets; their keys must mean the same. name: of the config, for messages."""
-    sets = [read_episodes(folder, config.language, say) for folder in folders]
+    sets = [read_episodes(folder, config.language, say, config.video) for folder in folders]
     for episodes in sets:
         check_keys(config, episodes.modality, str(episodes.path), name)
         if not episodes.modality["language"]:
@@ -211,7 +212,7 @@ class Demonstrations:
             rows = [np.arange(e.start, e.end) for e in chosen]
             places[np.concatenate(rows)] = np.arange(sum(map(len, rows)))
             positions = [e.position for e in chosen]
-            paths = [cache_frames(episodes, video, positions, cache_dir, side) for video in self.config.video]
+            paths = cache_frames(episodes, self.config.video, positions, cache_dir, side)
             shapes = {opened(path).shape[1:3] for path in paths}
             if len(shapes) > 1:
                 fail(f"the cameras of {episodes.path} differ in resolution: {sorted(shapes)}; one crop is for all")
