@@ -1,6 +1,6 @@
 """GR00T N1.5: a flow-matching policy that turns camera images, joint state and an instruction into 16 actions.
 
-    data        LeRobot v2 folders; sample = frame, state, instruction, the next H = 16 actions a, normalised to [-1, 1]
+    data        LeRobot folders; sample = frame, state, instruction, the next H = 16 actions a, normalised to [-1, 1]
     noise       eps ~ N(0, I),  s ~ Beta(1.5, 1),  t = (0.999 - s) / 0.999,  x_t = (1 - t) eps + t a
     objective   minimise  mean over valid dims of |v(x_t, t, frame, state, instruction) - (a - eps)|^2
     policy      x_0 ~ N(0, I),  x <- x + v(x, k / K) / K  for k = 0 .. K - 1,  K = 4 (Euler)
@@ -73,7 +73,7 @@ class Args(GR00TArgs, RunArgs):
 
     # data
     dataset_path: tuple[Text, ...] | None = None
-    """LeRobot v2.0 / v2.1 folders or hub ids (user/name or user/name@revision); several make a mixture;
+    """LeRobot v2.0, v2.1, v3.0 folders or hub ids (user/name or user/name@revision); several make a mixture;
     default: the checkpoint's with --eval-only, assets/fetch_demos otherwise"""
     val_episodes: Natural | None = None
     """episodes held out of each data set, evenly spaced; default: a tenth, at least 1"""
@@ -235,6 +235,7 @@ def hold_out(data: Demonstrations, args: Args) -> Split:
     held = data.split([validation_episodes(len(episodes.ids), args.val_episodes) for episodes in data.sets])
     if args.max_samples and args.max_samples < len(held.rows):
         held.rows = np.sort(stream(args.seed, "frames").choice(held.rows, args.max_samples, replace=False))
+        held.episodes = [e for e in held.episodes if np.any((held.rows >= e.start) & (held.rows < e.end))]
     if args.eval_only and not held.val_episodes:
         fail("--eval-only needs held-out episodes; --val-episodes is 0 or the data set has one episode")
     return held
