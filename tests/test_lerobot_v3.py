@@ -411,3 +411,9 @@ def test_few_samples_need_few_episodes(three):
     held, ends = g.hold_out(data, args), np.cumsum(LENGTHS)
     assert {e.number for e in held.episodes} == set(np.searchsorted(ends, held.rows, "right"))
     assert len(held.episodes) <= 3 and len(held.rows) == 3
+
+
+def test_a_data_set_that_is_not_drawn_from_needs_no_frames(two, three, tmp_path):
+    data, _ = load([two, three], EYES)
+    data.open_frames([e for e in data.episodes if e.part == 1], tmp_path, 16)
+    assert len(list(tmp_path.iterdir())) == 2 and data.frames(len(data.end) - 1).shape == (2, 16, 16, 3)

@@ -1,5 +1,6 @@
-"""Frames of recorded episodes, decoded once into a memory-mapped file a camera: what fits stays in the page cache, shared
-by workers and processes.
+"""Frames of recorded episodes, decoded once into a memory-mapped file a camera.
+
+What fits stays in the page cache, shared by workers and processes. How much disk it needs is said, and looked for, first.
 
     paths = cache_frames(episodes, ["front", "wrist"], use, cache_dir, side)
     frames = np.load(paths[0], mmap_mode="r")      (rows of the episodes at positions `use`, height, width, 3) uint8
@@ -89,7 +90,7 @@ def sweep(folder: Path) -> None:
 def cache_frames(episodes: Episodes, videos: Iterable[str], use: list[int], cache_dir: Path, side: int) -> list[Path]:
     """A file of frames for each camera, of the episodes at positions `use`, shrunk to `side`; what exists is kept."""
     paths, jobs, shapes = [], [], {}
-    for video in videos:
+    for video in videos if use else ():
         column = episodes.modality["video"][video]
         clips = [episodes.recorded[e].clips[column] for e in use]
         first = next(frames_of(clips[0], column), None)
@@ -110,7 +111,7 @@ def cache_frames(episodes: Episodes, videos: Iterable[str], use: list[int], cach
             "makes them equal"
         )
     lengths = [episodes.recorded[e].length for e in use]
-    need = make_room(cache_dir, len(jobs) * sum(lengths) * math.prod(next(iter(shapes.values()))))
+    need = make_room(cache_dir, len(jobs) * sum(lengths) * math.prod(next(iter(shapes.values()), ())))
     for video, column, clips, target in jobs:
         print(
             f"{sum(lengths):,} frames of camera '{video}' are decoded into {target} ({need / len(jobs) / 1e9:.2g} GB)"

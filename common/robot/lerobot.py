@@ -4,8 +4,8 @@
     episodes = read_episodes(folder, language)     every row's state, action and annotation columns, in memory
 
 v2 has a file an episode, v3.0 many episodes in a file. `read_index` tells where each lies; nothing behind it knows the
-version. Frames are in frames.py. What a folder says is data: types are checked, paths stay inside, and what does not fit
-ends in one line. Fields that nobody reads here are left alone: every release of lerobot adds some.
+version. Frames are in frames.py. What a folder says is data: types are checked, paths stay inside, and what does not
+fit ends in one line. Fields that nobody reads here are left alone: every release of lerobot adds some.
 
 Nothing here moves a learning curve: what is done with the arrays is in the scripts.
 """
@@ -149,8 +149,8 @@ def read_info(path: Path) -> dict:
     info = read_json(path / "meta/info.json", Info, HINT)
     if not re.match(r"v[23]\.\d", info["codebase_version"]):
         fail(
-            f"{path.name} is LeRobot {info['codebase_version']}; v2.0, v2.1 and v3.0 are read. Hub data sets keep other "
-            "versions under a tag: --dataset-path user/name@v2.1"
+            f"{path.name} is LeRobot {info['codebase_version']}; v2.0, v2.1 and v3.0 are read. Hub data sets keep others "
+            "under a tag: --dataset-path user/name@v2.1"
         )
     return info
 
