@@ -1,6 +1,6 @@
 """Frames of recorded episodes, decoded once into a memory-mapped file a camera.
 
-What fits stays in the page cache, shared by workers and processes. How much disk it needs is said, and looked for, first.
+What fits stays in the page cache, shared by workers and processes. How much disk it needs is looked for first.
 
     paths = cache_frames(episodes, ["front", "wrist"], use, cache_dir, side)
     frames = np.load(paths[0], mmap_mode="r")      (rows of the episodes at positions `use`, height, width, 3) uint8

@@ -149,8 +149,8 @@ def read_info(path: Path) -> dict:
     info = read_json(path / "meta/info.json", Info, HINT)
     if not re.match(r"v[23]\.\d", info["codebase_version"]):
         fail(
-            f"{path.name} is LeRobot {info['codebase_version']}; v2.0, v2.1 and v3.0 are read. Hub data sets keep others "
-            "under a tag: --dataset-path user/name@v2.1"
+            f"{path.name} is LeRobot {info['codebase_version']}; v2.0, v2.1 and v3.0 are read. Hub data sets keep "
+            "others under a tag: --dataset-path user/name@v2.1"
         )
     return info
 
