@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from common.cli import Count, Fraction, Natural, NonNegative, Positive, Several, Share, Temperature, Text, fail, parse
-from common.language import lm, watch
+from common.language import lm, probe, watch
 from common.language.data import read_rows
 from common.language.decode import Decoder, inverse_cdf, pad_right
 from common.language.lm import LMArgs, Policy, Reference
@@ -692,7 +692,7 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
         metrics |= {name: state[name] for name in ("num_tokens", "skipped_steps")}
         metrics |= watch.reward_metrics(rewards, parts, args.rewards, G) | watch.completion_metrics(rows)
         metrics = {f"train/{name}": float(value) for name, value in metrics.items()}
-        run.warn(done, watch.alarms(metrics))
+        run.warn(done, watch.alarms(metrics, policy.low_precision))
         metrics |= {f"time/{name}_s": seconds for name, seconds in run.seconds.items()}
         metrics |= {"time/step_s": run.seconds.total(), "time/decode_fallbacks": policy.decoder.fallbacks}
         evaluating = run.due(done, args.eval_every)
@@ -723,8 +723,10 @@ def main(args: Args) -> None:
     if not args.eval_only:
         check(args, run.world, excluded)
     largest = -max(abs(args.min_num), abs(args.max_num))
-    lm.check_context(args, config, tokenizer, [p.prompt for p in [*problems, make_problem(largest, "+", largest)]])
+    prompts = [p.prompt for p in [*problems, make_problem(largest, "+", largest)]]
+    longest = lm.check_context(args, config, tokenizer, prompts)
     model = lm.load_model(args, run.world.device, run.checkpoint)
+    probe.check(model, args, longest)
     with run.open(args):
         policy = Policy(model, tokenizer, args, run.world, token_logprobs, run.say)
         if args.eval_only:

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from annotated_types import Interval
 
 from common.cli import Count, Fraction, Natural, NonNegative, Positive, Several, Share, Temperature, Text, fail, parse
-from common.language import lm, watch
+from common.language import lm, probe, watch
 from common.language.data import read_rows
 from common.language.decode import Decoder, inverse_cdf, pad_right
 from common.language.lm import LMArgs, Policy, Reference
@@ -889,7 +889,7 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
         metrics |= watch.task_metrics(rows, rewards, level.shares, G) | {"curriculum_level": state["level"]}
         metrics |= watch.reward_metrics(rewards, parts, args.rewards, G) | watch.completion_metrics(rows)
         metrics = {f"train/{name}": float(value) for name, value in metrics.items()}
-        run.warn(done, watch.alarms(metrics))
+        run.warn(done, watch.alarms(metrics, policy.low_precision))
         metrics |= {f"time/{name}_s": seconds for name, seconds in run.seconds.items()}
         metrics |= {"time/step_s": run.seconds.total(), "time/decode_fallbacks": policy.decoder.fallbacks}
         evaluating = run.due(done, args.eval_every)
@@ -923,9 +923,10 @@ def main(args: Args) -> None:
         check(args, run.world)
     problems += draw_held_out(args, "eval", args.task_eval_problems, excluded)
     draws = [p for level in levels_of(args) for p in draw_mixture(stream(0, "lengths"), level, 200, excluded)]
-    lm.check_context(args, config, tokenizer, [p.prompt for p in [*problems, *draws]])
+    longest = lm.check_context(args, config, tokenizer, [p.prompt for p in [*problems, *draws]])
 
     model = lm.load_model(args, run.world.device, run.checkpoint)
+    probe.check(model, args, longest)
     with run.open(args):
         policy = Policy(model, tokenizer, args, run.world, token_logprobs, run.say)
         if args.eval_only:

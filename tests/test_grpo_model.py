@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import VOCAB, make_model
 
+from common.language import probe
 from common.language.decode import inverse_cdf, pad_right
 from common.language.lm import head_logprobs, load_model, micro_batches, sampling_copy, stop_token_ids, swapped
 from grpo_arithmetic import (
@@ -246,7 +247,7 @@ def test_extreme_noise_still_picks_a_token_that_can_happen(u):
 
 def test_every_end_id_of_the_generation_config_stops_a_row(tokenizer):
     model = make_model()
-    assert stop_token_ids(model, tokenizer) == [256, 258]
+    assert stop_token_ids(model.generation_config, tokenizer) == [256, 258]
     bias = torch.zeros(VOCAB)
     bias[258] = 100.0  # the second end id
     head = model.lm_head
@@ -414,6 +415,7 @@ def test_low_memory_reference_swaps_the_initial_weights_in_and_the_trained_ones_
 
 def test_models_that_change_their_logits_after_the_head_are_refused(tmp_path, tokenizer, capsys):
     make_model("gemma2").save_pretrained(tmp_path)
+    args = Args(model_name=str(tmp_path))
     with pytest.raises(SystemExit) as stop:
-        load_model(Args(model_name=str(tmp_path)), CPU)
+        probe.check(load_model(args, CPU), args, longest=20)
     assert stop.value.code == 2 and "caps its logits" in capsys.readouterr().err

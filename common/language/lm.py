@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import logging as hub_logging
 from torch.utils.checkpoint import checkpoint as recompute
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from common.checkpoint import find_checkpoint, gathered
 from common.cli import Count, Natural, Text, fail
+from common.language import pretrained
 from common.language.decode import Decoder, GraphDecoder, additive
 from common.parallel import World, refresh, shard
 from common.run import Run
@@ -79,9 +80,9 @@ def check_flags(args, world: World, rewards) -> None:
         fail("--fsdp shards over processes: start it with `uv run torchrun --nproc-per-node N`, or leave it out")
 
 
-def check_context(args, config, tokenizer, prompts: list[str]) -> None:
-    """The longest of these prompts and its completion fit into the model's context."""
-    longest, new_tokens = max(map(len, tokenizer(prompts).input_ids)), args.max_completion_length
+def check_context(args, config, tokenizer, prompts: list[str]) -> int:
+    """The longest of these prompts and its completion fit into the model's context; returns the tokens of that prompt."""
+    longest, new_tokens = max(map(len, encode(tokenizer, prompts))), args.max_completion_length
     need, room = longest + new_tokens, getattr(config, "max_position_embeddings", None)
     if room and need > room:
         fail(
@@ -93,6 +94,7 @@ def check_context(args, config, tokenizer, prompts: list[str]) -> None:
         fail(
             f"{need} tokens exceed the model's sliding attention window of {window}, which generation does not support"
         )
+    return longest
 
 
 def start_of(run: Run) -> LMArgs:
@@ -107,28 +109,28 @@ def start_of(run: Run) -> LMArgs:
 
 
 def load_tokenizer(args: LMArgs):
-    """Tokenizer and config only: every check on flags and lengths comes before the weights are read."""
+    """Tokenizer and config only: every check on flags, lengths and the model's folder comes before weights are read."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # its retries are no news: a model that cannot be had ends in one line
+    name = args.model_name
+    config, model = pretrained.check_folder(name)
     try:
-        config = AutoConfig.from_pretrained(args.model_name)
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name)
-    except (OSError, ValueError) as error:
-        fail(
-            f"no causal language model '{args.model_name}': neither a model folder nor on the hub, or the hub "
-            f"cannot be reached ({type(error).__name__}); without --model-name the bundled model needs no network"
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # what is missing, damaged or asks for code of its own raises whatever its reader raises
+        fail(f"the tokenizer of '{name}' cannot be read ({pretrained.reason(error)})")
+    try:
+        generation = GenerationConfig.from_pretrained(name)
+    except OSError:  # it is optional
+        generation = GenerationConfig.from_model_config(config)
+    size = len(model.get_input_embeddings().weight)
+    pretrained.check_tokens(name, tokenizer, size, stop_token_ids(generation, tokenizer))
     return tokenizer, config.get_text_config()
 
 
 def count_parameters(args: LMArgs, config) -> int:
     """Without loading the weights."""
-    try:
-        with torch.device("meta"):
-            return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    except ValueError:
-        fail(f"'{args.model_name}' is a {config.model_type} model, not a causal language model")
+    return sum(p.numel() for p in pretrained.outline(args.model_name, config).parameters())
 
 
 def load_model(args: LMArgs, device: torch.device, folder: Path | None = None):
@@ -145,11 +147,17 @@ def load_model(args: LMArgs, device: torch.device, folder: Path | None = None):
             fail("flash-attn is not installed: `uv sync --extra flash` (needs nvcc), or --attn-implementation sdpa")
     attention = args.attn_implementation or ("sdpa" if device.type == "cuda" else "eager")
     name = str(folder or args.model_name)
+    if folder:
+        pretrained.check_folder(name)
+    options = pretrained.SAFE | pretrained.TOLD | {"attn_implementation": attention}
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation=attention)
+        model, info = AutoModelForCausalLM.from_pretrained(name, **options)
         model = model.to("cpu" if args.fsdp else device)  # the whole of it may be more than a GPU holds
     except Exception as error:  # a missing, damaged or foreign weight file raises whatever its reader raises
-        fail(f"the weights of '{name}' cannot be loaded: {type(error).__name__}: {error}")
+        fail(f"the weights of '{name}' cannot be loaded: {pretrained.reason(error)}")
+    pretrained.check_names(name, info)
+    if broken := [key for key, p in model.named_parameters() if not p.isfinite().all()]:
+        fail(f"'{name}' has weights that are no finite numbers: {pretrained.some(broken)}; take an earlier checkpoint")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -157,27 +165,24 @@ def load_model(args: LMArgs, device: torch.device, folder: Path | None = None):
             module.attention_dropout = 0.0
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.eval()
-    check_head(model)
-    return model
+    return model.eval()
 
 
-def check_head(model) -> None:
-    """The loss applies the output head to hidden states itself; refuse models that do more than that to get logits."""
-    ids = torch.arange(4, device=model.device)[None]
-    with torch.no_grad():
-        ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-        theirs = model(input_ids=ids, use_cache=False).logits
-    if not torch.allclose(ours.float(), theirs.float(), atol=1e-3, rtol=1e-3):
-        name = type(model).__name__
-        fail(f"{name} scales or caps its logits after the output head; this trainer does not support that")
-
-
-def stop_token_ids(model, tokenizer) -> list[int]:
+def stop_token_ids(generation: GenerationConfig, tokenizer) -> list[int]:
     """Every id that ends a completion: those of the model's generation config (often several) and the tokenizer's."""
-    ids = model.generation_config.eos_token_id
+    ids = generation.eos_token_id
     ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
     return sorted(i for i in ids if i is not None)
+
+
+def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of prompts as the model is to continue them: without the end token that some tokenizers put behind every text,
+    and with one beginning where the text brings its own."""
+    bare, framed = (tokenizer("1", add_special_tokens=special).input_ids for special in (False, True))
+    before = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
+    after = len(framed) - before - len(bare)
+    rows = [row[: len(row) - after] for row in tokenizer(texts).input_ids]
+    return [row[before:] if before and row[:before] == row[before : 2 * before] else row for row in rows]
 
 
 # ---- packed training rows --------------------------------------------------------------------------------------------
@@ -335,7 +340,7 @@ class Policy:
         if args.decode == "graph" and self.device.type != "cuda":
             say("--decode graph: no CUDA graphs on a CPU; steps run uncaptured, see time/decode_fallbacks")
         self.model = prepare(model, args, world, token_logprobs)
-        self.stop_ids = stop_token_ids(self.sampler, tokenizer)
+        self.stop_ids = stop_token_ids(model.generation_config, tokenizer)
         self.pad_id = self.stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         share_prompt = False if args.attn_implementation == "flash_attention_2" else args.share_prompt  # it has no mask
         # what `generate` has to know besides prompts, lengths, temperature and noise
@@ -349,7 +354,7 @@ class Policy:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts).input_ids
+        return encode(self.tokenizer, texts)
 
     def texts(self, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
         """(B, T) ids -> what rewards, accuracies, evaluation and tables all see: the text up to the first end token."""

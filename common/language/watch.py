@@ -22,12 +22,18 @@ ALARMS = {  # metric -> what is alarming, what to say
         lambda count: count > 0,
         "the loss or gradient was not finite or no token was left to train: weights left as they were",
     ),
+    "sampling_logp_difference/mean": (
+        lambda nats: not nats <= 0.05,
+        "sampler and trainer are different models: of such a step nothing is to be trusted",
+    ),
     "entropy": (lambda nats: nats < 0.01, "the policy has become deterministic and stopped exploring"),
 }
 
 
-def alarms(metrics: dict[str, float]) -> dict[str, str]:
-    """What looks broken in a step's metrics, in plain words."""
+def alarms(metrics: dict[str, float], low_precision: bool = False) -> dict[str, str]:
+    """What looks broken in a step's metrics, in plain words. In bfloat16 a trainer is that far from its sampler."""
+    if low_precision:
+        metrics = {name: x for name, x in metrics.items() if "sampling_logp_difference" not in name}
     logged = {name: metrics[f"train/{name}"] for name in ALARMS if f"train/{name}" in metrics}
     return {name: f"{name} is {x:.3g}: {ALARMS[name][1]}" for name, x in logged.items() if ALARMS[name][0](x)}
 
