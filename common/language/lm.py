@@ -149,9 +149,8 @@ def load_model(args: LMArgs, device: torch.device, folder: Path | None = None):
     name = str(folder or args.model_name)
     if folder:
         pretrained.check_folder(name)
-    options = pretrained.SAFE | pretrained.TOLD | {"attn_implementation": attention}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(name, attn_implementation=attention, **pretrained.SAFE)
         model = model.to("cpu" if args.fsdp else device)  # the whole of it may be more than a GPU holds
     except Exception as error:  # a missing, damaged or foreign weight file raises whatever its reader raises
         fail(f"the weights of '{name}' cannot be loaded: {pretrained.reason(error)}")

@@ -11,11 +11,9 @@ from typing_extensions import TypedDict
 
 from common.cli import fail
 
-# code and pickles that come with a model are never run
-SAFE = {"trust_remote_code": False, "use_safetensors": True}
-TOLD = {"ignore_mismatched_sizes": True, "output_loading_info": True, "dtype": torch.float32}  # check_names judges
-
-
+# code and pickles that come with a model are never run; which weights were missing or left over is for check_names
+SAFE = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32}
+SAFE |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
 Object = dict[str, Any]
 
 
@@ -75,11 +73,8 @@ def check_folder(name: str):
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # what is missing, damaged or asks for code of its own raises whatever its reader raises
-        where = (
-            "its config.json describes none" if folder.is_dir() else "no folder, nor on the hub as far as it is reached"
-        )
-        known = "without --model-name the bundled model needs no network"
-        fail(f"no causal language model '{name}': {where} ({reason(error)}); {known}")
+        where = "its config.json describes none" if folder.is_dir() else "no folder, nor found on the hub"
+        fail(f"no model '{name}': {where} ({reason(error)}); without --model-name the bundled model needs no network")
     model = outline(name, config)
     if folder.is_dir():
         check_weights(folder, config, model)
@@ -103,7 +98,7 @@ def check_weights(folder: Path, config, model) -> None:
         fail(f"'{folder}' has weights that are no floating-point numbers ({some(integers)}), which cannot be trained")
     empty = {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}  # no memory behind it
     try:
-        _, info = type(model).from_pretrained(None, config=config, state_dict=empty, **TOLD)
+        _, info = type(model).from_pretrained(None, config=config, state_dict=empty, **SAFE)
     except Exception as error:  # renaming and merging tensors of an unknown layout raises whatever it runs into
         fail(f"the weights of '{folder}' do not fit its config ({reason(error)})")
     check_names(folder, info)

@@ -1,6 +1,7 @@
 """Whether a model can be trained here: its log-probs are one number, however they are computed."""
 
 import re
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ def limits(config: dict) -> set[int]:
     for key, value in config.items():
         if isinstance(value, dict):
             found |= limits(value)
-        elif isinstance(value, int) and re.search("position|window|length|context|ctx|seq|chunk", key):
+        elif isinstance(value, int) and re.search("position|window_size|window$|length|context|ctx|seq|chunk", key):
             found.add(value)
     return found
 
@@ -74,8 +75,8 @@ def log_probs(model, lengths, G: int, T: int, generator) -> dict:
             decoder.step(state, forced)
         return state.logprobs
 
-    plain, shared = lambda: rows(False), lambda: rows(True)
-    return {"plain rows": plain, "its own logits": own, "decoded rows": decoded, "shared rows": shared}
+    names = ("plain rows", "its own logits", "decoded rows", "shared rows")
+    return dict(zip(names, (partial(rows, False), own, decoded, partial(rows, True))))
 
 
 @torch.no_grad()
@@ -89,9 +90,8 @@ def check(model, args, longest: int) -> None:
     shared = G > 1 and args.share_prompt is not False and trained == usual and not args.eval_only
     widest = 0 if not shared else 1024 if args.share_prompt is None else np.inf  # as hidden_before decides
     generator = torch.Generator().manual_seed(0)
-    for case, (*sizes, limit) in enumerate(
-        shapes(model.config.to_dict(), longest, args.max_completion_length, G, widest)
-    ):
+    tried = shapes(model.config.to_dict(), longest, args.max_completion_length, G, widest)
+    for case, (*sizes, limit) in enumerate(tried):
         ways = log_probs(model, *sizes, generator)
         if case > 0:
             del ways["its own logits"]  # of the whole vocabulary at every token: a few are enough
@@ -114,13 +114,12 @@ def check(model, args, longest: int) -> None:
                 model.set_attn_implementation(usual)
             if not wrong:
                 continue
-            hint = "models like qwen2, llama or gpt2, whose layers keep keys and values of every token, can be trained"
-            if way == "its own logits":
-                hint = "it scales or caps its logits after the output head, which this trainer does not support"
-            elif way == "shared rows":
-                hint = "--share-prompt False trains it"
-            elif limit:
-                hint = f"prompts and completions of up to {limit} tokens together work"
-            elif attention == "packed":
-                hint = "--decode eager may do"
+            hints = {
+                "it scales or caps its logits after the output head": way == "its own logits",
+                "--share-prompt False trains it": way == "shared rows",
+                f"prompts and completions of up to {limit} tokens together work": limit is not None,
+                "--decode eager may do": attention == "packed",
+                "models like qwen2, llama or gpt2 keep keys and values of every token, and can be trained": True,
+            }
+            hint = next(text for text, fits in hints.items() if fits)
             fail(f"{type(model).__name__}: {way} {wrong}, at {max(sizes[0]) + sizes[2]} tokens; {hint}")
