@@ -1,20 +1,19 @@
 """Whether a model folder is whole and can be trusted: read from names, shapes and configs, before any weight is."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import StrictInt, TypeAdapter, ValidationError
+from pydantic import StrictInt
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from typing_extensions import TypedDict
 
 from common.cli import fail
+from common.files import Object, read_json
 
 # code and pickles that come with a model are never run; which weights were missing or left over is for check_names
 SAFE = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32}
 SAFE |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-Object = dict[str, Any]
 
 
 class Index(TypedDict):
@@ -24,17 +23,6 @@ class Index(TypedDict):
 
 class Generation(TypedDict, total=False):
     eos_token_id: StrictInt | list[StrictInt] | None
-
-
-def read_json(path: Path, schema, hint: str, optional: bool = False):
-    """What is in a JSON file, as `schema`; exit code 2 where it is missing or of other types."""
-    if optional and not path.exists():
-        return None
-    try:
-        return TypeAdapter(schema).validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        said = error if isinstance(error, OSError) else "{msg} at {loc}".format(**error.errors()[0])
-        fail(f"'{path}' cannot be read ({said}); {hint}")
 
 
 def some(names) -> str:
