@@ -81,7 +81,7 @@ def check_flags(args, world: World, rewards) -> None:
 
 
 def check_context(args, config, tokenizer, prompts: list[str]) -> int:
-    """The longest of these prompts and its completion fit into the model's context; returns the tokens of that prompt."""
+    """The longest of these prompts and its completion fit into the model's context; returns that prompt's tokens."""
     longest, new_tokens = max(map(len, encode(tokenizer, prompts))), args.max_completion_length
     need, room = longest + new_tokens, getattr(config, "max_position_embeddings", None)
     if room and need > room:
@@ -175,7 +175,7 @@ def stop_token_ids(generation: GenerationConfig, tokenizer) -> list[int]:
 
 
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of prompts as the model is to continue them: without the end token that some tokenizers put behind every text,
+    """Ids of prompts as the model is to continue them: without the end token that some tokenizers put behind a text,
     and with one beginning where the text brings its own."""
     bare, framed = (tokenizer("1", add_special_tokens=special).input_ids for special in (False, True))
     before = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
