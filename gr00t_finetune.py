@@ -22,6 +22,8 @@ Dims: B samples, V cameras, S tokens, H = 16 action steps, D = 32 padded action 
 Equations next to symbols, metrics and results: docs/gr00t_finetune.md.
 """
 
+import common.stop  # noqa: F401, first: Ctrl-C is heard while the rest is imported
+
 import math
 import sys
 import time
@@ -40,6 +42,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from common.checkpoint import trainer_file
 from common.cli import Count, Name, Natural, NonNegative, Partial, Positive, Text, Threads, fail, parse
 from common.parallel import World, clip_gradients, shard, sum_gradients
 from common.robot.data_configs import find_data_config
@@ -669,7 +672,7 @@ def train(model: GR00T, adapters: dict, samples: Samples, held: Split, metadata:
         fail(f"--resume needs the data of the run: it had {state['rows']} rows, this has {len(data.end)}")
     if run.checkpoint:
         if adapters:
-            load_adapters(adapters, load_file(run.checkpoint / "lora.safetensors"))
+            load_adapters(adapters, load_file(trainer_file(run.checkpoint, "lora.safetensors")))
         if world.main:  # what was summed up since the last line of metrics
             tally.load(state["sums"])
     else:
@@ -680,7 +683,7 @@ def train(model: GR00T, adapters: dict, samples: Samples, held: Split, metadata:
             run.write(0, state["base"] | validate(model, samples, held.val_rows, args))
     plan = plans(Order(data, held.rows, args), data, args, world, run.first)
     batches = prepared(samples, plan, args.num_workers, device)
-    metrics, spent = {}, Counter()  # seconds since the last line of metrics
+    spent = Counter()  # seconds since the last line of metrics
 
     def write(folder: Path | None) -> dict:
         save_policy(folder, model, adapters, metadata)
@@ -719,13 +722,15 @@ def train(model: GR00T, adapters: dict, samples: Samples, held: Split, metadata:
             state["last"] = validate(model, samples, held.val_rows, args)
             run.is_best(step + 1, -state["last"]["val/mse"])
             metrics |= state["last"]
-        if takes_part and step + 1 == args.max_steps:
-            metrics |= evaluate(model, samples, held, args, run, step + 1)
+        if takes_part and run.due(step + 1, every=0):
+            state["last"] |= evaluate(model, samples, held, args, run, step + 1)
+            metrics |= state["last"]
         shown = {"loss": metrics.get("train/loss"), "val": state["last"].get("val/loss")}
         run.end_step(step + 1, metrics, state, optimizer, write, **shown)
 
     took = f"{args.max_steps} steps in {state['train_s']:.1f} s of training, {run.log.elapsed:.0f} s in all"
-    run.finish("\n".join([*in_words(metrics, state["base"]), f"{took}; figures of episodes in {run.folder}/open_loop"]))
+    words = *in_words(state["last"], state["base"]), f"{took}; figures of episodes in {run.folder}/open_loop"
+    run.finish("\n".join(words))
 
 
 def main(args: Args) -> None:

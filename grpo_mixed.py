@@ -19,6 +19,8 @@ Left out on purpose: vLLM (the generation loop is here), LoRA, chat templates, r
 Equations next to symbols, metrics and results: docs/grpo_mixed.md.
 """
 
+import common.stop  # noqa: F401, first: Ctrl-C is heard while the rest is imported
+
 import hashlib
 import math
 import re
@@ -38,6 +40,7 @@ from common.language import lm, probe, watch
 from common.language.data import read_rows
 from common.language.decode import Decoder, inverse_cdf, pad_right
 from common.language.lm import LMArgs, Policy, Reference
+from common.log import watched
 from common.parallel import World, clip_gradients, sum_gradients
 from common.run import Run, RunArgs
 from common.stats import Sums, pass_at_k
@@ -724,7 +727,8 @@ def sample_answers(policy: Policy, problems, samples: int, temperature, args: Ar
     key = stream_seed(0, name)  # of the evaluation, not of the run
     mine, size = range(world.rank, len(problems), world.size), max(args.eval_batch_size // samples, 1)
     results = []
-    for chunk in (mine[start : start + size] for start in range(0, len(mine), size)):
+    chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
+    for chunk in watched(chunks, name, world.main):
         sample_ids = [i * samples + k for i in chunk for k in range(samples)]
         roll = rollout(policy, [problems[i] for i in chunk], samples, temperature, key, sample_ids, args)
         results += zip(
@@ -898,14 +902,13 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
         run.table("completions", done, table, upload=done == 1 or evaluating)
         if evaluating:
             metrics |= evaluation(done)
+        if run.due(done, every=0) and not args.fresh:
+            right, _ = sample_answers(policy, pools[-1], 4, args.temperature, args, world, "training problems")
+            metrics["final_train_accuracy"] = state["last"]["final_train_accuracy"] = float(right.mean())
         shown = {"reward": metrics["train/reward"], "kl": metrics.get("train/kl")}
         run.end_step(done, metrics, state, optimizer, policy.save, **shown, eval=state["last"]["arithmetic_eval"])
     if run.stopped:
         return
-    if not args.fresh:
-        right, _ = sample_answers(policy, pools[-1], 4, args.temperature, args, world, "training problems")
-        state["last"]["final_train_accuracy"] = right.mean()
-        run.write(done, {"final_train_accuracy": right.mean()})
     for name in (f"eval_{task}_accuracy" for task in args.tasks):
         run.say(f"{name} {watch.with_interval(state['base'], name)} -> {watch.with_interval(state['last'], name)}")
     run.finish(watch.outcome(run, state, done))

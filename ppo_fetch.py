@@ -20,6 +20,8 @@ Dims: N environments, T steps, B = N * T, D observation, A action.
     uv run torchrun --nproc-per-node 4 ppo_fetch.py --env-id FetchPush-v4
 """
 
+import common.stop  # noqa: F401, first: Ctrl-C is heard while the rest is imported
+
 import json
 import math
 import sys
@@ -37,7 +39,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from safetensors.torch import load_file, save_file
 
 from common.checkpoint import find_checkpoint
-from common.cli import Count, Fraction, NonNegative, Positive, Share, Text, fail, flag, parse
+from common.cli import Count, Fraction, Name, NonNegative, Positive, Seed, Share, Text, fail, flag, parse
 from common.parallel import World, clip_gradients, sum_gradients
 from common.robot import fetch, sim, spaces
 from common.robot.sim import SimArgs
@@ -50,8 +52,8 @@ from common.streams import stream_seed, torch_stream
 
 @dataclass
 class Args(SimArgs):
-    exp_name: str = "ppo_fetch"
-    seed: int = 1
+    exp_name: Name = "ppo_fetch"
+    seed: Seed = 1
     tags: tuple[str, ...] = ("ppo", "fetch")
     init_from: Text | None = None  # run folder or checkpoint whose policy and statistics to start from (a new run)
 

@@ -20,6 +20,8 @@ of which the robot has 4, K steps of the flow, M noisy ones among them, S backbo
     uv run python ppo_gr00t.py --model-path RUN_DIR --device cuda --amp bf16             # tiny or full: with cameras
 """
 
+import common.stop  # noqa: F401, first: Ctrl-C is heard while the rest is imported
+
 import math
 import subprocess
 import sys
@@ -38,7 +40,8 @@ from annotated_types import Interval
 from imageio.v3 import imread
 from safetensors.torch import load_file, save_file
 
-from common.cli import Count, Fraction, Natural, NonNegative, Positive, Share, Text, fail, parse
+from common.checkpoint import trainer_file
+from common.cli import Count, Fraction, Name, Natural, NonNegative, Positive, Seed, Share, Text, fail, parse
 from common.parallel import World, clip_gradients, sum_gradients
 from common.robot import fetch, sim
 from common.robot.feature_cache import FeatureCache
@@ -60,8 +63,8 @@ EPISODE = 50  # steps; FetchVec's own time limit would reset within a chunk, so 
 
 @dataclass
 class Args(GR00TArgs, SimArgs):
-    exp_name: str = "ppo_gr00t"
-    seed: int = 1
+    exp_name: Name = "ppo_gr00t"
+    seed: Seed = 1
     tags: tuple[str, ...] = ("ppo", "gr00t", "fetch")
     eval_every: Natural = 8
     model_path: Text | None = None
@@ -807,9 +810,9 @@ def load_agent(args: Args, interface: Interface, run: Run) -> tuple[Agent, Fetch
     prompt = torch.from_numpy(interface.prompts[robot.instruction])[None]
     agent = Agent(model, interface.embodiment, prompt, args).to(device)
     if run.checkpoint:
-        agent.load_state_dict(agent.state_dict() | load_file(run.checkpoint / "agent.safetensors"))
+        agent.load_state_dict(agent.state_dict() | load_file(trainer_file(run.checkpoint, "agent.safetensors")))
         if adapters:
-            load_adapters(adapters, load_file(run.checkpoint / "lora.safetensors"))
+            load_adapters(adapters, load_file(trainer_file(run.checkpoint, "lora.safetensors")))
     return agent, robot, adapters
 
 
@@ -843,7 +846,7 @@ def train(run: Run, args: Args, interface: Interface) -> None:
         save_policy(folder, agent.model, adapters, {args.embodiment_tag: interface.metadata})
         if folder:
             rest = {k: v.contiguous() for k, v in agent.state_dict().items() if not k.startswith("model.")}
-            save_file(rest, folder / "agent.safetensors")
+            save_file(rest, trainer_file(folder, "agent.safetensors"))
         return sim.save(folder, groups, carry, scaler, world)
 
     state = run.resume(state, optimizer)

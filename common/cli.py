@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn, get_type_hints
 import annotated_types
 import pydantic
 import tyro
+from tqdm import tqdm
 from typing_extensions import TypedDict
 
 # Bounds of a field stand beside it, as its type: `beta: NonNegative = 0.1`. NaN and infinity fit none.
@@ -46,7 +47,7 @@ def fail(message: str) -> NoReturn:
         raise Refused(message)
     if os.environ.get("RANK", "0") != "0":  # torchrun: what all processes notice the first one says, and all end
         time.sleep(5)
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
     sys.exit(2)
 
 

@@ -7,9 +7,13 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
+
+from common.checkpoint import replace_file, sync
+from common.cli import fail
 
 
 def plain(value):
@@ -18,13 +22,21 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drops the lines of a JSONL file written after `step` (a resumed run writes them again)."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        # a killed run may have left half a line at the end
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+def lines_until(path: Path, step: float) -> list[str]:
+    """The lines of a JSONL file up to `step`, without the half one that a full disk may have left at the end."""
+    kept = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line.decode() + "\n")
+        except (ValueError, TypeError, KeyError):
+            fail(f"'{path}', line {number} is not a line of this log: {line[:40]!r}; take it out to go on")
+    return kept
+
+
+def watched(items: Sequence, what: str, enabled: bool):
+    """The items, with a progress bar if they take long."""
+    return tqdm(items, desc=what, leave=False, delay=3, dynamic_ncols=True, disable=not enabled)
 
 
 class Logger:
@@ -50,6 +62,8 @@ class Logger:
                 config=config,
                 tags=list(tags) or None,
                 mode=wandb_mode,
+                id=run_dir.name,  # a resumed run goes on where it was
+                resume="allow",
             )
             # the step is a metric of its own: mixing explicit and implicit wandb steps drops rows
             self.wandb.define_metric("global_step")
@@ -60,7 +74,12 @@ class Logger:
         self.start = time.time() - elapsed
         if self.enabled:
             for path in self.run_dir.glob("*.jsonl"):
-                keep_until(path, step)
+                replace_file(path, "".join(lines_until(path, step)))
+
+    def sync(self) -> None:
+        """Before a checkpoint: what led to it is on the disk."""
+        for path in self.run_dir.glob("*.jsonl"):
+            sync(path)
 
     @property
     def elapsed(self) -> float:

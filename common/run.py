@@ -14,14 +14,15 @@ Nothing here moves a learning curve. In a script it reads
 """
 
 import contextlib
-import dataclasses
+import errno
+import fcntl
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -33,11 +34,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from typing_extensions import TypedDict
 
-from common import plot
-from common.checkpoint import atomic_folder, find_checkpoint, link, load_state, prune, save_state
-from common.cli import Count, Name, Natural, Seed, Text, fail, flag
-from common.log import Logger
+from common import plot, stop
+from common.checkpoint import atomic_folder, find_checkpoint, load_state, read_state, replace_file, save_state, settle
+from common.cli import Count, Name, Natural, Seed, Text, fail, flag, schema_of
+from common.files import read_json
+from common.log import Logger, lines_until
 from common.parallel import join_world
 
 PACKAGES = ["torch", "transformers", "datasets", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "wandb"]
@@ -70,16 +74,21 @@ class Run:
 
     def __init__(self, script: str, args, free: set[str] = FREE):
         """script: its __file__. free: flags that --resume may change."""
-        self.script, self.stop = Path(script), StopSignal()
-        self.world = join_world(args.device)
-        self.args, self.checkpoint = args, None
+        stop.listen()
+        self.script, self.args, self.checkpoint = Path(script), args, None
+        check_parent(Path(args.output_dir))
         if args.resume:
             initial = asdict(type(args)())
             if given := [name for name, value in asdict(args).items() if name not in free and value != initial[name]]:
                 fail(f"--resume continues with the run's own settings; drop {flag(given[0])} or start a new run")
             self.checkpoint = find_checkpoint(args.resume)
-            self.args = read_config(self.checkpoint.parent.parent, type(args))
+            self.folder = self.checkpoint.parent.parent
+            self.args = read_config(self.folder, type(args))
             self.args = replace(self.args, **{name: getattr(args, name) for name in free})
+            self.saved = read_state(self.checkpoint, self.name)
+            for path in self.folder.glob("*.jsonl"):
+                lines_until(path, math.inf)  # each is a line of a log
+        self.world = join_world(args.device)
         self.exit_code = 1  # unless the end is reached
         self.unit = 1  # what is logged as the step, in steps of the loop; PPO counts environment steps
         self.first, self.best = 0, None  # steps done before; {"score", "step"} of the best so far
@@ -98,22 +107,33 @@ class Run:
         """Makes the run folder, or opens the one to continue. Logs, tracker and processes end with the block."""
         self.args, world = args, self.world
         seed_everything(args.seed)
-        if self.checkpoint:
-            self.folder = self.checkpoint.parent.parent
-        else:
+        if not self.checkpoint:
             made = [str(create_folder(self.script, args))] if world.main else []
             self.folder = Path(world.gather(made)[0])
             self.configure(args)
+        lock = locked(self.folder) if world.main else None
         self.log = Logger(
             self.folder, asdict(args), track=args.track, wandb_mode=args.wandb_mode, tags=args.tags, enabled=world.main
         )
         self.say, self.progress = self.log.say, self.log.progress
+        stop.opened = True
         try:
             yield self
-            self.exit_code = self.stop.exit_code if self.stopped else 0
+            self.exit_code = 128 + stop.received if self.stopped else 0
+        except (OSError, SafetensorError) as error:
+            if not (full := no_room(error)):
+                raise
+            fail(f"'{self.folder}': {full}; the last checkpoint stands: make room for another, then --resume it")
+        except SystemExit:
+            if world.main and not self.checkpoint and not (self.folder / "metrics.jsonl").exists():
+                shutil.rmtree(self.folder)  # nothing has happened in it: a refused start leaves no folder behind
+            raise
         finally:
+            stop.opened = stop.patient = False
             self.log.finish(self.exit_code)
             world.leave()
+            if lock:
+                lock.close()
 
     def configure(self, args) -> None:
         """Takes these flags for the run's and writes config.json."""
@@ -139,13 +159,13 @@ class Run:
         """0, 1, … total - 1, from where the checkpoint left off, with a progress bar; ends where the run does."""
         self.total = total
         self.log.progress(total, self.first)
-        for step in range(self.first, total):
-            self.seconds.clear()
-            start = time.time()
-            self.started = start
-            yield step
-            if self.ending or self.stopped:
-                break
+        with stop.patience():
+            for step in range(self.first, total):
+                if self.ending or self.stopped:
+                    break
+                self.seconds.clear()
+                self.started = time.time()
+                yield step
 
     def due(self, step: int, every: int) -> bool:
         """Whether what is done every so many steps (0: only at the end) is due after `step` steps."""
@@ -201,9 +221,7 @@ class Run:
         if metrics:
             self.write(step, metrics)
         self.log.advance(**shown)
-        stopped, best = self.world.any(
-            self.stop.number is not None, self.best is not None and self.best["step"] == step
-        )
+        stopped, best = self.world.any(stop.received is not None, self.best is not None and self.best["step"] == step)
         if stopped or best or self.due(step, self.args.save_every):
             self.save(step, state, optimizer, write)
         if stopped and step < self.total and not self.ending:
@@ -219,25 +237,34 @@ class Run:
         write(folder) saves the model into the folder and may return more entries for `state`. Every process calls it,
         as weights may have to be gathered; only the first has a folder, the others get None.
         """
-        target = self.folder / "checkpoints" / f"step-{step * self.unit:09d}"
-        with atomic_folder(target) if self.world.main else contextlib.nullcontext() as folder:
+        if self.world.main:
+            self.log.sync()
+        with atomic_folder(self.at(step)) if self.world.main else contextlib.nullcontext() as folder:
             extra = write(folder) or {}
             own = {"script": self.name, "step": step, "best": self.best, "elapsed": self.log.elapsed}
-            save_state(folder, optimizer, state | extra | own)
+            save_state(folder, optimizer, state | extra | own | {"ended": self.ending or step == self.total})
+        self.settle(step)
+
+    def at(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{step * self.unit:09d}"
+
+    def settle(self, step: int) -> None:
+        """`last` and `best` as they are after this step, and no checkpoint that is not to be kept."""
         if self.world.main:
-            link(self.folder, "last", target)
-            if self.best and self.best["step"] == step:
-                link(self.folder, "best", target)
-            prune(self.folder, self.args.keep)
+            settle(self.folder, self.at(step), self.at(self.best["step"] if self.best else 0), self.args.keep)
 
     def resume(self, state: dict, optimizer) -> dict:
         """`state` as it is, or with --resume as it was saved; optimizer, generators and logs then go on from there."""
         if not self.checkpoint:
             return state
-        saved = load_state(self.checkpoint, optimizer, self.name)
-        if missing := [key for key in (*state, "step", "best", "elapsed") if key not in saved]:
-            fail(f"checkpoint '{self.checkpoint}' is of an older version, without {missing[0]!r}: start a new run")
-        self.first, self.best = saved["step"], saved["best"]
+        saved = self.saved
+        for key, value in state.items():
+            if key not in saved or (value is not None and type(saved[key]) is not type(value)):
+                why = "of another type" if key in saved else "missing, as in older versions"
+                fail(f"checkpoint '{self.checkpoint}': {key!r} is {why}; start a new run")
+        load_state(self.checkpoint, saved, optimizer)
+        self.first, self.best, self.ending = saved["step"], saved["best"], saved.get("ended", False)
+        self.settle(self.first)
         self.log.truncate(self.first * self.unit, saved["elapsed"])
         self.say(f"resuming {self.folder} after {self.first * self.unit:,} steps")
         return saved
@@ -282,12 +309,13 @@ def create_folder(script: Path, args) -> Path:
     """Makes runs/<script>/<exp-name>-<seed>-<time>/ with a copy of the script."""
     name = f"{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     base = Path(args.output_dir) / script.stem
-    folder, n = base / name, 1
-    while folder.exists():  # two runs in one second
-        folder, n = base / f"{name}-{n}", n + 1
-    folder.mkdir(parents=True)
-    shutil.copy(script, folder)
-    return folder
+    base.mkdir(parents=True, exist_ok=True)
+    for n in itertools.count():  # two runs in one second
+        folder = base / (f"{name}-{n}" if n else name)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            shutil.copy(script, folder)
+            return folder
 
 
 def write_config(folder: Path, args, world) -> None:
@@ -303,37 +331,43 @@ def write_config(folder: Path, args, world) -> None:
         "processes": world.size,
         "threads": torch.get_num_threads(),
     }
-    (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+    replace_file(folder / "config.json", json.dumps(facts, indent=2) + "\n")
 
 
 def read_config(folder: Path, config_class):
     """The flags of an earlier run, from its config.json, as a `config_class`."""
+
+    class Config(TypedDict):
+        args: schema_of(config_class)
+
+    hint = "this is no run folder, or one of another script or version: start a new run"
+    return config_class(**read_json(folder / "config.json", Config, hint)["args"])
+
+
+def check_parent(folder: Path) -> None:
+    """A folder that exists or can be made."""
     try:
-        saved = json.loads((folder / "config.json").read_text())["args"]
-    except (OSError, ValueError, KeyError):
-        fail(f"'{folder}' is not a run folder: it has no readable config.json")
-    fields = {field.name for field in dataclasses.fields(config_class)}
-    if unknown := set(saved) - fields:
-        fail(f"'{folder}' was made by another script or version: unknown settings {sorted(unknown)}")
-    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        good = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    except OSError:  # a name longer than any may be
+        good = False
+    if not good:
+        fail(f"--output-dir '{str(folder)[:80]}' is no folder to write to; the default is runs")
 
 
-# ---- stopping --------------------------------------------------------------------------------------------------------
+def locked(folder: Path):
+    """The run's lock, an open file, which also a killed process gives back: two in one folder would mix their steps."""
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"'{folder}' is in use by another process: let it end, or start a new run")
+    return file
 
 
-class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between steps; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number: int, frame) -> None:
-        if self.number is not None:
-            raise KeyboardInterrupt
-        self.number = number
-
-    @property
-    def exit_code(self) -> int:
-        return 128 + (self.number or 0)  # the shell's convention: 130 for Ctrl-C, 143 for SIGTERM
+def no_room(error: Exception) -> str:
+    """What the system said, if it is that nothing more can be written; else nothing."""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
+            return os.strerror(number)
+    return ""

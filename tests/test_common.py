@@ -6,18 +6,35 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from common.checkpoint import atomic_folder, find_checkpoint, link, load_state, prune, save_state
-from common.log import Logger, keep_until
+from common.checkpoint import (
+    atomic_folder,
+    find_checkpoint,
+    load_state,
+    read_state,
+    replace_file,
+    save_state,
+    settle,
+    trainer_file,
+)
+from common.log import Logger, lines_until
 from common.parallel import join_world
+
+STATE = {"script": "test", "best": None, "elapsed": 1.0}
 
 
 def write_checkpoint(run_dir, step, optimizer):
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     with atomic_folder(folder) as temporary:
-        save_state(temporary, optimizer, {"script": "test", "step": step})
-    link(run_dir, "last", folder)
+        save_state(temporary, optimizer, STATE | {"step": step})
     return folder
+
+
+def loaded(run_dir, optimizer):
+    state = read_state(folder := find_checkpoint(str(run_dir)), "test")
+    load_state(folder, state, optimizer)
+    return state
 
 
 def trained_optimizer(steps):
@@ -40,12 +57,12 @@ def test_kill_9_during_a_save_leaves_the_earlier_checkpoint_loadable(tmp_path, m
         with atomic_folder(tmp_path / "checkpoints" / "step-000002") as temporary:
             (temporary / "trainer.json").write_text('{"script": "te')
             if moment == "before the rename":
-                save_state(temporary, optimizer, {"script": "test", "step": 2})
+                save_state(temporary, optimizer, STATE | {"step": 2})
             os.kill(os.getpid(), signal.SIGKILL)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert load_state(find_checkpoint(str(tmp_path)), optimizer, "test")["step"] == 1
+    assert loaded(tmp_path, optimizer)["step"] == 1
     write_checkpoint(tmp_path, 2, optimizer)  # the leftovers are no obstacle
-    assert load_state(find_checkpoint(str(tmp_path)), optimizer, "test")["step"] == 2
+    assert loaded(tmp_path, optimizer)["step"] == 2
 
 
 def test_optimizer_and_generators_come_back_bit_for_bit(tmp_path):
@@ -57,7 +74,7 @@ def test_optimizer_and_generators_come_back_bit_for_bit(tmp_path):
     folder = write_checkpoint(tmp_path, 5, optimizer)
     expected = (torch.rand(3), random.random(), np.random.rand())
     _, other = trained_optimizer(2)
-    assert load_state(folder, other, "test") == json.loads((folder / "trainer.json").read_text())
+    assert loaded(tmp_path, other) == json.loads((folder / "trainer.json").read_text())
     assert (
         torch.equal(torch.rand(3), expected[0]) and random.random() == expected[1] and np.random.rand() == expected[2]
     )
@@ -67,13 +84,15 @@ def test_optimizer_and_generators_come_back_bit_for_bit(tmp_path):
 
 def test_pruning_keeps_the_newest_and_the_linked(tmp_path):
     _, optimizer = trained_optimizer(1)
-    for step in range(1, 6):
-        folder = write_checkpoint(tmp_path, step, optimizer)
-        if step == 2:
-            link(tmp_path, "best", folder)
-    prune(tmp_path, keep=2)
+    folders = [write_checkpoint(tmp_path, step, optimizer) for step in range(1, 6)]
+    (tmp_path / "checkpoints" / ".tmp-step-000009").mkdir()  # a kill
+    settle(tmp_path, folders[4], folders[1], keep=2)
     assert sorted(p.name[-1] for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
-    assert find_checkpoint(str(tmp_path)).name == "step-000005"
+    assert [(tmp_path / name).resolve() for name in ("last", "best")] == [folders[4], folders[1]]
+    assert find_checkpoint(str(tmp_path)) == folders[4] and find_checkpoint(str(tmp_path), best=True) == folders[1]
+    settle(tmp_path, folders[3], folders[0], keep=2)  # an older one goes on: the later is of another timeline
+    assert sorted(p.name[-1] for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+    assert not (tmp_path / "best").is_symlink() and (tmp_path / "last").resolve() == folders[3]
 
 
 def test_logs_are_json_lines_without_nan_and_can_be_cut_back(tmp_path):
@@ -84,7 +103,7 @@ def test_logs_are_json_lines_without_nan_and_can_be_cut_back(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write('{"step": 3, "a')  # killed in the middle of a line
     for name in ("metrics", "samples"):
-        keep_until(tmp_path / f"{name}.jsonl", 1)
+        replace_file(tmp_path / f"{name}.jsonl", "".join(lines_until(tmp_path / f"{name}.jsonl", 1)))
         rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [0, 1]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["b"] is None
@@ -102,3 +121,57 @@ def test_a_gpu_is_set_up_without_cudnn_attention(monkeypatch):
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before[0])
         torch.set_float32_matmul_precision(before[1])
+
+
+def refused(capsys, call, *args) -> str:
+    with pytest.raises(SystemExit) as stop:
+        call(*args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    return error
+
+
+def test_half_a_line_in_the_middle_of_a_log_is_named(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st{"step": 2}\n{"step": 3}\n')
+    error = refused(capsys, lines_until, tmp_path / "metrics.jsonl", 9)
+    assert "metrics.jsonl', line 2" in error
+
+
+@pytest.mark.parametrize("kind", ["another shape", "another count", "one moment missing", "none"])
+def test_moments_that_do_not_fit_the_weights_are_refused_before_a_step_reads_beyond_them(tmp_path, capsys, kind):
+    _, optimizer = trained_optimizer(1)
+    folder = write_checkpoint(tmp_path, 1, optimizer)
+    file = trainer_file(folder, "trainer.safetensors")
+    tensors = load_file(file)
+    if kind == "another shape":
+        tensors["optimizer.0.exp_avg"] = torch.zeros(1)
+    elif kind == "another count":
+        names = ("step", "exp_avg", "exp_avg_sq")
+        tensors |= {f"optimizer.7.{name}": tensors[f"optimizer.0.{name}"].clone() for name in names}
+        state = json.loads((folder / "trainer.json").read_text()) | {"tensors": sorted(tensors)}
+        (folder / "trainer.json").write_text(json.dumps(state))
+    else:
+        gone = "exp_avg_sq" if "one" in kind else ""
+        tensors = {k: v for k, v in tensors.items() if k.startswith("rng") or (gone and not k.endswith(gone))}
+    save_file(tensors, file)
+    assert "optimizer." in refused(capsys, loaded, tmp_path, trained_optimizer(1)[1])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"script": "te', '{"step": "three"}', '{"script": "test"}'])
+def test_a_broken_trainer_json_ends_in_one_line(tmp_path, capsys, text):
+    folder = write_checkpoint(tmp_path, 1, trained_optimizer(1)[1])
+    (folder / "trainer.json").write_text(text)
+    assert "trainer.json' cannot be read" in refused(capsys, read_state, folder, "test")
+
+
+def test_checkpoints_of_the_older_layout_still_load(tmp_path):
+    _, optimizer = trained_optimizer(3)
+    folder = write_checkpoint(tmp_path, 3, optimizer)
+    trainer_file(folder, "trainer.safetensors").rename(folder / "trainer.safetensors")
+    (folder / "trainer").rmdir()
+    state = json.loads((folder / "trainer.json").read_text())
+    del state["tensors"]
+    (folder / "trainer.json").write_text(json.dumps(state))
+    _, other = trained_optimizer(1)
+    assert loaded(tmp_path, other)["step"] == 3
+    assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(optimizer.state.values(), other.state.values()))

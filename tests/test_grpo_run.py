@@ -175,7 +175,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(run, options, tmp_path
     assert run(resume=broken)[0] == 0
     assert timeless(broken) == timeless(whole)
     assert (broken / "completions.jsonl").read_text() == (whole / "completions.jsonl").read_text()
-    for name in ("model.safetensors", "trainer.safetensors"):
+    for name in ("model.safetensors", "trainer/trainer.safetensors"):
         a, b = (load_file(folder / "checkpoints" / "step-000000008" / name) for folder in (broken, whole))
         assert same(a, b)
 
@@ -260,7 +260,7 @@ def test_two_processes_that_share_one_model_equal_one_and_resume(run, monkeypatc
         assert a.keys() == b.keys()
         for key in a:
             assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["step"], key)
-    for name in ("model.safetensors", "trainer.safetensors"):
+    for name in ("model.safetensors", "trainer/trainer.safetensors"):
         one, two = (load_file(folder / "last" / name) for folder in (single, sharded))
         assert one.keys() == two.keys()
         assert all(torch.allclose(one[key], two[key], atol=1e-5, rtol=1e-3) for key in one.keys() - {"rng.torch"})
@@ -420,7 +420,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(run, capfd):
     (step / "trainer.json").write_text(good[: len(good) // 2])
     refused("cannot be read")
     (step / "trainer.json").write_text(good)
-    (step / "trainer.safetensors").write_bytes(b"garbage")
+    (step / "trainer" / "trainer.safetensors").write_bytes(b"garbage")
     refused("cannot be read")
     (step / "model.safetensors").write_bytes(b"garbage")
     refused("cannot be loaded")

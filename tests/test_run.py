@@ -1,18 +1,26 @@
 """`Run`: a toy script that fits a line, stopped, resumed, ended early."""
 
+import fcntl
 import json
+import multiprocessing
 import os
+import re
+import resource
 import signal
+import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import two_forks
-from safetensors.torch import save_file
+from conftest import ROOT, two_forks
+from safetensors.torch import load_file, save_file
 
-from common.run import Run, RunArgs
+from common.cli import fail
+from common.run import Run, RunArgs, create_folder
 
 
 @dataclass
@@ -32,8 +40,6 @@ def toy(args, during=lambda run, step: None, unit=1):
         torch.nn.init.zeros_(model.weight)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         if run.checkpoint:
-            from safetensors.torch import load_file
-
             model.load_state_dict(load_file(run.checkpoint / "model.safetensors"))
         state = run.resume({"mean": 0.0}, optimizer)
         mean = state["mean"]
@@ -134,7 +140,7 @@ def test_resume_takes_the_runs_own_settings_and_refuses_others(args, capsys):
     with pytest.raises(SystemExit) as stop:
         toy(Args(resume=str(run.folder), device="cpu"))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "without 'mean'" in error and error.count("\n") == 1
+    assert stop.value.code == 2 and "'mean' is missing" in error and error.count("\n") == 1
 
 
 def test_a_warning_is_said_once_in_fifty_steps(args, capsys):
@@ -155,6 +161,178 @@ def test_the_score_is_compared_number_by_number_and_the_first_of_equals_stays(ar
     scores = [(float("nan"), 9.0), (0.5, 1.0), (0.5, 2.0), (0.4, 9.0), (0.5, 2.0), (float("nan"), 9.0)]
     better = [run.is_best(step, *score) for step, score in enumerate(scores)]
     assert better == [False, True, True, False, False, False] and run.best == {"score": [0.5, 2.0], "step": 2}
+
+
+def resumed(run, **changed):
+    return toy(Args(resume=str(run.folder), device="cpu", **changed))
+
+
+def snapshot(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_resuming_a_finished_run_changes_nothing_and_says_its_result_again(args, capsys):
+    run = toy(args)
+    before = snapshot(run.folder)
+    said = capsys.readouterr().out.splitlines()[-2]
+    again = resumed(run)
+    assert snapshot(run.folder) == before and again.exit_code == 0
+    assert capsys.readouterr().out.splitlines()[-2].split()[0] == said.split()[0] == "loss"
+
+
+def test_a_run_that_has_ended_early_does_not_go_on_training(args):
+    run = toy(args, lambda run, step: run.end() if step == 4 else None)
+    assert len(lines(resumed(run).folder)) == 4
+
+
+def test_resuming_an_older_checkpoint_leaves_nothing_of_the_later_timeline(args):
+    run = toy(replace(args, save_every=1, keep=9))
+    reference = lines(run.folder)
+    older = run.folder / "checkpoints" / "step-000000002"
+
+    def killed(run, step):
+        if step == 4:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        toy(Args(resume=str(older), device="cpu"), killed)
+    assert sorted(p.name[-1] for p in (run.folder / "checkpoints").iterdir()) == ["1", "2", "3"]
+    again = resumed(run)
+    assert lines(again.folder) == reference and (run.folder / "last").resolve().name.endswith("6")
+
+
+def test_links_that_a_kill_left_out_are_set_again(args):
+    run = toy(args, lambda run, step: run.end() if step == 4 else None)
+    targets = {name: (run.folder / name).resolve() for name in ("last", "best")}
+    for name in targets:
+        (run.folder / name).unlink()
+    (run.folder / "best").symlink_to("checkpoints/step-000000099")  # dangling
+    resumed(run)
+    assert {name: (run.folder / name).resolve() for name in targets} == targets
+
+
+def refused(capsys, start) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        start()
+    said = re.split(r"[\r\n]+", capsys.readouterr().err)
+    (error,) = [line for line in said if line and "step/s]" not in line and not line.isspace()]
+    assert stop.value.code == 2 and error.startswith("error: ")
+    return error
+
+
+def test_one_process_writes_into_a_folder(args, capsys):
+    run, inside = toy(args), multiprocessing.get_context("fork").Event()
+
+    def hold():
+        with open(run.folder / ".lock", "w") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            inside.set()
+            time.sleep(60)
+
+    child = multiprocessing.get_context("fork").Process(target=hold)
+    child.start()
+    inside.wait(10)
+    before = snapshot(run.folder)
+    assert "in use by another process" in refused(capsys, lambda: resumed(run))
+    assert snapshot(run.folder) == before
+    child.kill()
+    child.join()
+    assert resumed(run).exit_code == 0  # a killed process gives it back
+
+
+def test_starts_in_one_moment_get_a_folder_each(args, monkeypatch):
+    monkeypatch.setattr("common.run.time.strftime", lambda form: "now")
+    folders = [create_folder(Path(__file__), args) for _ in range(3)]
+    assert [folder.name for folder in folders] == ["toy-42-now", "toy-42-now-1", "toy-42-now-2"]
+
+
+def test_a_refused_start_leaves_no_folder_behind(args, capsys):
+    def refuse(run, step):
+        (run.folder / "metrics.jsonl").unlink(missing_ok=True)
+        fail("found too late")
+
+    refused(capsys, lambda: toy(args, refuse))
+    assert not any((Path(args.output_dir) / "test_run").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "a long name"])
+def test_an_output_folder_that_cannot_be_is_refused_first(args, capsys, tmp_path, kind):
+    (tmp_path / "file").write_text("")
+    path = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "x", "a long name": tmp_path / ("x" * 400)}
+    assert "--output-dir" in refused(capsys, lambda: toy(replace(args, output_dir=str(path[kind]))))
+
+
+@pytest.mark.parametrize("what", ["config.json", "trainer.json", "metrics.jsonl"])
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"args": {"steps": "six"}}', '{"a": 1', "{}\n"])
+def test_broken_files_of_a_run_folder_end_in_one_line_before_anything_is_changed(args, capsys, what, text):
+    run = toy(args)
+    path = run.folder / what if what != "trainer.json" else run.folder / "last" / what
+    whole = what == "metrics.jsonl" and "\n" not in text  # an unfinished last line is what a full disk leaves
+    path.write_text(path.read_text() + text if whole else text)
+    before = snapshot(run.folder)
+    if whole:
+        assert resumed(run).exit_code == 0
+    else:
+        assert what in refused(capsys, lambda: resumed(run)) and snapshot(run.folder) == before
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(args, capsys):
+    """A limit on the size of files stands in for the disk: the write fails in the same place."""
+
+    def fill(run, step):
+        if step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (900, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        error = refused(capsys, lambda: toy(args, fill))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (folder,) = (Path(args.output_dir) / "test_run").iterdir()
+    assert str(folder) in error and "make room" in error
+    stand = {(folder / name).resolve() for name in ("last", "best")}
+    assert set((folder / "checkpoints").iterdir()) == stand  # and no temporary folder
+    whole, continued = toy(args), toy(Args(resume=str(folder), device="cpu"))
+    assert lines(continued.folder) == lines(whole.folder)
+
+
+def test_a_checkpoint_shows_no_tensors_but_the_models(args):
+    """vLLM and others read every *.safetensors of a folder."""
+    folder = toy(args).folder / "last"
+    names = [name for file in folder.glob("*.safetensors") for name in load_file(file)]
+    assert sorted(names) == ["bias", "weight"] and (folder / "trainer" / "trainer.safetensors").exists()
+
+
+SIGNALS = """
+import os, signal, sys, time
+from common import stop
+stop.listen()
+def send(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "said"),
+    [
+        ("send(signal.SIGINT)", 130, "stopped: SIGINT\n"),
+        ("send(signal.SIGTERM)", 143, "stopped: SIGTERM\n"),
+        (
+            "stop.opened = True\ntry: send(signal.SIGTERM)\nfinally: print('closed', file=sys.stderr)",
+            143,
+            "stopped: SIGTERM\nclosed\n",
+        ),
+        ("with stop.patience(): send(signal.SIGTERM)\nsys.exit(0 if stop.received == 15 else 1)", 0, ""),
+        ("with stop.patience(): send(signal.SIGTERM, signal.SIGTERM)", 143, "stopped: SIGTERM\n"),
+        ("with stop.patience(): send(signal.SIGTERM, signal.SIGINT)", 130, "stopped: SIGINT\n"),
+        ("stop.opened = True\ntry: send(signal.SIGINT)\nfinally: send(signal.SIGINT)", 130, "stopped: SIGINT\n"),
+    ],
+)
+def test_every_signal_is_answered_by_one_line_and_the_shells_code(code, status, said):
+    done = subprocess.run([sys.executable, "-c", SIGNALS + code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, said)
 
 
 def collectives():

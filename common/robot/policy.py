@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from common.checkpoint import find_checkpoint
+from common.checkpoint import find_checkpoint, trainer_file
 from common.cli import Count, Natural, Text, fail
 from common.parallel import gathered
 from common.robot import transforms
@@ -141,7 +141,7 @@ def save_policy(folder: Path | None, model: GR00T, adapters: dict[str, LoRALinea
     (folder / "experiment_cfg").mkdir()
     (folder / "experiment_cfg" / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")
     if adapters:
-        save_file(adapter_tensors(adapters), folder / "lora.safetensors")
+        save_file(adapter_tensors(adapters), trainer_file(folder, "lora.safetensors"))
 
 
 # ---- units -----------------------------------------------------------------------------------------------------------

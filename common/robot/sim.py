@@ -19,6 +19,7 @@ from annotated_types import Interval
 from gymnasium.vector import AutoresetMode, VectorEnv
 from safetensors.numpy import load_file, save_file
 
+from common.checkpoint import trainer_file
 from common.cli import Count, Natural, Share, Threads, fail
 from common.parallel import World
 from common.robot import fetch, spaces
@@ -246,14 +247,14 @@ def save(folder: Path | None, groups: list, carry: torch.Tensor, scaler, world: 
     gathered = world.gather([(local, streams)])
     if folder is not None:
         rows = {name: np.concatenate([part[name] for part, _ in gathered]) for name in local}
-        save_file(rows, folder / "envs.safetensors")
+        save_file(rows, trainer_file(folder, "envs.safetensors"))
     return {"env_streams": [stream for _, own in gathered for stream in own], "scaler": scaler.state_dict()}
 
 
 def load(run: Run, state: dict, groups: list, carry: torch.Tensor, scaler) -> list:
     """Restores what `save` wrote into the run's checkpoint and state; returns the groups that have to look again."""
     scaler.load_state_dict(state["scaler"])
-    arrays = load_file(run.checkpoint / "envs.safetensors")
+    arrays = load_file(trainer_file(run.checkpoint, "envs.safetensors"))
     own = run.world.share(len(arrays["carry"]))
     arrays = {name: value[own] for name, value in arrays.items()}
     if "physics" not in arrays:
