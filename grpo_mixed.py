@@ -40,10 +40,10 @@ from common.language import lm, probe, watch
 from common.language.data import read_rows
 from common.language.decode import Decoder, inverse_cdf, pad_right
 from common.language.lm import LMArgs, Policy, Reference
+from common.language.stats import Sums, pass_at_k
 from common.log import watched
 from common.parallel import World, clip_gradients, sum_gradients
 from common.run import Run, RunArgs
-from common.stats import Sums, pass_at_k
 from common.streams import stream, stream_seed
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------

@@ -187,7 +187,8 @@ def find_checkpoint(path: str, best: bool = False) -> Path:
     folder = Path(path)
     try:
         if not folder.is_dir():
-            fail(f"'{path}' is no folder; give a run folder such as runs/<script>/<name> or a step-… folder in it")
+            what = "is no folder" if folder.exists() else "does not exist"
+            fail(f"'{path}' {what}; give a run folder such as runs/<script>/<name> or a step-… folder in it")
     except OSError as error:
         fail(f"'{path[:80]}' cannot be read: {error.strerror}")
     if (folder / "trainer.json").exists():

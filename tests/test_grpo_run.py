@@ -420,12 +420,14 @@ def test_damaged_and_foreign_checkpoints_are_refused(run, capfd):
     (step / "trainer.json").write_text(good[: len(good) // 2])
     refused("cannot be read")
     (step / "trainer.json").write_text(good)
+    moments = (step / "trainer" / "trainer.safetensors").read_bytes()
     (step / "trainer" / "trainer.safetensors").write_bytes(b"garbage")
     refused("cannot be read")
+    (step / "trainer" / "trainer.safetensors").write_bytes(moments)
     (step / "model.safetensors").write_bytes(b"garbage")
     refused("cannot be loaded")
     (folder / "config.json").write_text("{}")
-    refused("not a run folder")
+    refused("this is no run folder")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

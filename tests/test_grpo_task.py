@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assets.build_arithmetic_eval import text as eval_file_text
-from common.stats import pass_at_k, wilson
+from common.language.stats import pass_at_k
+from common.stats import wilson
 from grpo_arithmetic import (
     EVAL_BANDS,
     REWARDS,

@@ -337,9 +337,9 @@ def test_every_signal_is_answered_by_one_line_and_the_shells_code(code, status, 
 
 def collectives():
     """What two processes see of `World`; run in both."""
+    from common.language.stats import Sums
     from common.parallel import clip_gradients, join_world, sum_gradients
     from common.robot.sim import explained_variance
-    from common.stats import Sums
 
     world = join_world("cpu")
     rank = world.rank
@@ -372,8 +372,8 @@ def test_two_processes_share_sum_and_gather():
 
 
 def test_sums_over_micro_batches_equal_those_of_the_whole():
+    from common.language.stats import Sums
     from common.parallel import World
-    from common.stats import Sums
 
     values, sums = torch.arange(6.0), Sums()
     for part in values.split(2):
