@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from typing_extensions import TypedDict
 
-from common.cli import Count, Natural, NonNegative, fail
+from common.cli import Natural, NonNegative, fail
 from common.files import read_json
 from common.parallel import gathered, like
 
@@ -106,7 +106,7 @@ def settle(run_dir: Path, last: Path, best: Path, keep: int) -> None:
 
 class Best(TypedDict):
     score: list[float]
-    step: Count
+    step: Natural
 
 
 class Trainer(TypedDict):

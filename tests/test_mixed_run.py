@@ -77,7 +77,7 @@ def test_two_sharded_processes_with_the_decoders_buffers_equal_one_without(run, 
         for key in a:
             assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-3), (a["step"], key)
     assert [row["time/decode_fallbacks"] > 0 for row in rows(sharded) if "train/reward" in row] == [True] * 4
-    model, moments = (load_file(sharded / "last" / f"{name}.safetensors") for name in ("model", "trainer"))
+    model, moments = (load_file(sharded / "last" / f"{name}.safetensors") for name in ("model", "trainer/trainer"))
     assert all(torch.isfinite(x).all() for x in model.values()) and len(moments) == 3 * len(model) + 1
 
 
@@ -194,7 +194,7 @@ def test_groups_are_replaced_at_any_length():
         (dict(tasks=("arithmetic", "poetry")), "unknown task 'poetry'"),
         (dict(tasks=("words", "words")), "each once"),
         (dict(proportions=(0.5, 0.5)), "3 numbers"),
-        (dict(proportions=(1.0, 0.0, 1.0)), "above 0"),
+        (dict(proportions=(1.0, 0.0, 1.0)), "at least 0.001"),
         (dict(min_num=5, max_num=5), "must be below"),
         (dict(min_num=0, max_num=1), "widen the numbers"),
         (dict(eval_only=True, operations="x"), "--operations"),
