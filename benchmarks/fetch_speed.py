@@ -29,13 +29,14 @@ from gymnasium.vector import AutoresetMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.parallel import cores
 from common.robot.fetch import HOLD, TASKS, FetchVec, import_robotics
 
 
 @dataclass
 class Args:
     num_envs: int = 32  # environments
-    threads: int = len(os.sched_getaffinity(0))  # threads of FetchVec and of the physics loop
+    threads: int = cores()  # threads of FetchVec and of the physics loop
     steps: int = 50  # steps of every environment in a round
     rounds: int = 5  # rounds, each of which times every contender once
     tasks: tuple[str, ...] = TASKS  # tasks to time

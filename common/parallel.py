@@ -60,6 +60,11 @@ class World:
             dist.destroy_process_group()
 
 
+def cores() -> int:
+    """Those that this process may run on; macOS does not tell, so there all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def join_world(device: str) -> World:
     """Picks the device ("auto", "cpu", "cuda") and joins the process group when torchrun started this process."""
     if device == "auto":

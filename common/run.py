@@ -42,7 +42,7 @@ from common.checkpoint import atomic_folder, find_checkpoint, load_state, read_s
 from common.cli import Count, Name, Natural, Seed, Text, fail, flag, schema_of
 from common.files import read_json
 from common.log import Logger, lines_until
-from common.parallel import join_world
+from common.parallel import cores, join_world
 
 PACKAGES = ["torch", "transformers", "datasets", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "wandb"]
 
@@ -76,7 +76,6 @@ class Run:
         """script: its __file__. free: flags that --resume may change."""
         stop.listen()
         self.script, self.args, self.checkpoint = Path(script), args, None
-        check_parent(Path(args.output_dir))
         if args.resume:
             initial = asdict(type(args)())
             if given := [name for name, value in asdict(args).items() if name not in free and value != initial[name]]:
@@ -88,6 +87,8 @@ class Run:
             self.saved = read_state(self.checkpoint, self.name)
             for path in self.folder.glob("*.jsonl"):
                 lines_until(path, math.inf)  # each is a line of a log
+        else:
+            check_parent(Path(args.output_dir))
         self.world = join_world(args.device)
         self.exit_code = 1  # unless the end is reached
         self.unit = 1  # what is logged as the step, in steps of the loop; PPO counts environment steps
@@ -327,7 +328,7 @@ def write_config(folder: Path, args, world) -> None:
         "versions": versions(),
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "cpu": processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "processes": world.size,
         "threads": torch.get_num_threads(),
     }

@@ -114,3 +114,13 @@ def test_only_the_waiting_thread_says_what_its_threads_notice(capsys):
     with ThreadPoolExecutor(4) as pool:
         noticed = [pool.submit(fail, "the file is broken") for _ in range(4)]
     assert all(isinstance(one.exception(), Refused) for one in noticed) and capsys.readouterr().err == ""
+
+
+def test_what_all_processes_notice_the_first_one_says(monkeypatch, capsys):
+    """The others wait for torchrun to end them; one that is alone with it says it in the end."""
+    slept = []
+    monkeypatch.setattr("common.cli.time.sleep", lambda seconds: slept.append((seconds, capsys.readouterr().err)))
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        fail("no such device")
+    assert slept[0][0] >= 3 and slept[0][1] == "" and capsys.readouterr().err == "error: no such device\n"

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import sys
+import types
 
 import pytest
 import torch
@@ -175,3 +177,18 @@ def test_checkpoints_of_the_older_layout_still_load(tmp_path):
     _, other = trained_optimizer(1)
     assert loaded(tmp_path, other)["step"] == 3
     assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(optimizer.state.values(), other.state.values()))
+
+
+def test_a_resumed_run_continues_its_wandb_run(tmp_path, monkeypatch):
+    given = []
+
+    class Tracker:
+        def define_metric(self, *_, **__): ...
+
+        def finish(self, **_): ...
+
+    fake = types.SimpleNamespace(init=lambda **settings: given.append(settings) or Tracker())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):
+        Logger(tmp_path / "reach-1-20260101", {}, track=True).finish()
+    assert [(one["id"], one["resume"]) for one in given] == [("reach-1-20260101", "allow")] * 2

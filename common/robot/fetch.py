@@ -13,7 +13,6 @@ Three things make it faster than stepping gymnasium's environments, none of whic
 
 import contextlib
 import io
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,6 +23,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from common.cli import fail
+from common.parallel import cores
 
 try:
     import mujoco
@@ -102,7 +102,7 @@ class FetchVec(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.max_episode_steps = self.spec.max_episode_steps
-        self.num_threads = num_threads or len(os.sched_getaffinity(0))
+        self.num_threads = num_threads or cores()
         self._pool = pool or ThreadPoolExecutor(self.num_threads, thread_name_prefix="fetch")
         self._owns_pool, self._pending = pool is None, None
 

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from common.checkpoint import trainer_file
 from common.cli import Count, Natural, Share, Threads, fail
-from common.parallel import World
+from common.parallel import World, cores
 from common.robot import fetch, spaces
 from common.run import Run, RunArgs
 from common.stats import wilson
@@ -81,7 +81,7 @@ def check_numbers(args, batch_steps: int, world: World) -> None:
 def physics_threads(count: int | None) -> ThreadPoolExecutor:
     """`count` threads, by default this process's share of the cores."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
-    return ThreadPoolExecutor(count or max(len(os.sched_getaffinity(0)) // local, 1), thread_name_prefix="fetch")
+    return ThreadPoolExecutor(count or max(cores() // local, 1), thread_name_prefix="fetch")
 
 
 def make_envs(
