@@ -185,12 +185,9 @@ def load_state(folder: Path, state: Trainer, optimizer: torch.optim.Optimizer) -
 def find_checkpoint(path: str, best: bool = False) -> Path:
     """The checkpoint that a run folder (its newest or its best) or a step-… folder means. None there: exit code 2."""
     folder = Path(path)
-    try:
-        if not folder.is_dir():
-            what = "is no folder" if folder.exists() else "does not exist"
-            fail(f"'{path}' {what}; give a run folder such as runs/<script>/<name> or a step-… folder in it")
-    except OSError as error:
-        fail(f"'{path[:80]}' cannot be read: {error.strerror}")
+    if not os.path.isdir(path):  # also where the name is longer than one may be
+        what = "is no folder" if os.path.exists(path) else "does not exist"
+        fail(f"'{path[:200]}' {what}; give a run folder such as runs/<script>/<name> or a step-… folder in it")
     if (folder / "trainer.json").exists():
         return folder.resolve()
     if best and (folder / "best").exists():

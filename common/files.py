@@ -24,21 +24,5 @@ def read_json(path: Path, schema, hint: str = "", optional: bool = False):
         fail(f"'{path}' cannot be read: {reason(error)}; {hint}")
 
 
-def read_lines(path: Path, schema, hint: str = "") -> list:
-    """What is in a JSON-lines file, a `schema` a line; blank lines are left out."""
-    adapter, found = TypeAdapter(schema), []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        fail(f"'{path}' cannot be read: {reason(error)}; {hint}")
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                found.append(adapter.validate_json(line))
-            except ValidationError as error:
-                fail(f"'{path}', line {number}: {reason(error)}; {hint}")
-    return found
-
-
 def reason(error: OSError | ValidationError) -> str:
     return in_words(error) if isinstance(error, ValidationError) else error.strerror or str(error)

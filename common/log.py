@@ -78,7 +78,7 @@ class Logger:
 
     def sync(self) -> None:
         """Before a checkpoint: what led to it is on the disk."""
-        for path in self.run_dir.glob("*.jsonl"):
+        for path in self.run_dir.glob("*.jsonl") if self.enabled else ():
             sync(path)
 
     @property

@@ -118,9 +118,9 @@ def gathered(tensors: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Te
     """
     found = {}
     for name, tensor in tensors.items():
-        tensor = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+        value = whole(tensor)
         if keep:
-            found[name] = tensor
+            found[name] = value.cpu() if isinstance(tensor, DTensor) else value
     return found
 
 

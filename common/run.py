@@ -1,16 +1,6 @@
 """A run from its flags to its last line: processes, folder, logs, checkpoints, and a clean way to stop.
 
-Nothing here moves a learning curve. In a script it reads
-
-    run = Run(__file__, args)                 # processes, signals; with --resume the settings of the run to continue
-    args = resolve(run.args)                  # ... and every check: a refused start leaves no folder behind
-    with run.open(args):                      # folder, config.json, logs; closed whatever happens inside
-        state = run.resume({...}, optimizer)  # the given state, or that of the checkpoint
-        for step in run.steps(total):
-            ...
-            run.end_step(step + 1, metrics, state, optimizer, write)
-        run.finish("what came out of it")
-    sys.exit(run.exit_code)
+Nothing here moves a learning curve. docs/house.md shows in a dozen lines how a script uses it.
 """
 
 import contextlib
@@ -22,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +67,7 @@ class Run:
         """script: its __file__. free: flags that --resume may change."""
         stop.listen()
         self.script, self.args, self.checkpoint = Path(script), args, None
+        self.name = self.script.stem
         if args.resume:
             initial = asdict(type(args)())
             if given := [name for name, value in asdict(args).items() if name not in free and value != initial[name]]:
@@ -97,26 +89,24 @@ class Run:
         self.seconds: Counter = Counter()  # of this step, by what they were spent on: see `clock`
         self.warned: dict[str, int] = {}
 
-    @property
-    def name(self) -> str:
-        return self.script.stem
-
     # ---- beginning and end ----
 
     @contextlib.contextmanager
     def open(self, args) -> Iterator["Run"]:
         """Makes the run folder, or opens the one to continue. Logs, tracker and processes end with the block."""
         self.args, world = args, self.world
-        seed_everything(args.seed)
+        random.seed(args.seed)
+        np.random.seed(args.seed % 2**32)
+        torch.manual_seed(args.seed)
         if not self.checkpoint:
             made = [str(create_folder(self.script, args))] if world.main else []
             self.folder = Path(world.gather(made)[0])
             self.configure(args)
-        lock = locked(self.folder) if world.main else None
+        self.lock = locked(self.folder) if world.main else None
         self.log = Logger(
             self.folder, asdict(args), track=args.track, wandb_mode=args.wandb_mode, tags=args.tags, enabled=world.main
         )
-        self.say, self.progress = self.log.say, self.log.progress
+        self.say = self.log.say
         stop.opened = True
         try:
             yield self
@@ -133,8 +123,6 @@ class Run:
             stop.opened = stop.patient = False
             self.log.finish(self.exit_code)
             world.leave()
-            if lock:
-                lock.close()
 
     def configure(self, args) -> None:
         """Takes these flags for the run's and writes config.json."""
@@ -238,8 +226,7 @@ class Run:
         write(folder) saves the model into the folder and may return more entries for `state`. Every process calls it,
         as weights may have to be gathered; only the first has a folder, the others get None.
         """
-        if self.world.main:
-            self.log.sync()
+        self.log.sync()
         with atomic_folder(self.at(step)) if self.world.main else contextlib.nullcontext() as folder:
             extra = write(folder) or {}
             own = {"script": self.name, "step": step, "best": self.best, "elapsed": self.log.elapsed}
@@ -271,12 +258,6 @@ class Run:
         return saved
 
 
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 # ---- the run folder --------------------------------------------------------------------------------------------------
 
 
@@ -284,32 +265,26 @@ def git_revision() -> str:
     root = Path(__file__).parent.parent
     try:
         out = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+        return out.stdout.strip() or "unknown"
     except OSError:
         return "unknown"
-    return out.stdout.strip() or "unknown"
 
 
 def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    installed = {one.name.lower(): one.version for one in importlib.metadata.distributions()}
+    return {"python": sys.version.split()[0]} | {name: installed[name] for name in PACKAGES if name in installed}
 
 
 def processor() -> str:
     """The CPU's model name, where the system tells."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+    with contextlib.suppress(OSError, AttributeError):
+        return re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)[1]
     return "unknown"
 
 
 def create_folder(script: Path, args) -> Path:
     """Makes runs/<script>/<exp-name>-<seed>-<time>/ with a copy of the script."""
-    name = f"{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    base = Path(args.output_dir) / script.stem
+    base, name = Path(args.output_dir) / script.stem, f"{args.exp_name}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     base.mkdir(parents=True, exist_ok=True)
     for n in itertools.count():  # two runs in one second
         folder = base / (f"{name}-{n}" if n else name)
@@ -368,7 +343,5 @@ def locked(folder: Path):
 
 def no_room(error: Exception) -> str:
     """What the system said, if it is that nothing more can be written; else nothing."""
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-        if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
-            return os.strerror(number)
-    return ""
+    said, numbers = str(error), (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    return next((os.strerror(n) for n in numbers if f"[Errno {n}]" in said or f"(os error {n})" in said), "")

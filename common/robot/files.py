@@ -5,7 +5,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from common.cli import fail
+from common.files import reason
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,6 +51,17 @@ def read_json(path: Path, hint: str, optional: bool = False) -> dict:
     return found
 
 
-def read_lines(path: Path, hint: str) -> list[dict]:
-    """The objects in a JSON-lines file."""
-    return read(path, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()], hint)
+def read_lines(path: Path, schema, hint: str = "") -> list:
+    """What is in a JSON-lines file, a `schema` a line; blank lines are left out."""
+    adapter, found = TypeAdapter(schema), []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        fail(f"'{path}' cannot be read: {reason(error)}; {hint}")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                found.append(adapter.validate_json(line))
+            except ValidationError as error:
+                fail(f"'{path}', line {number}: {reason(error)}; {hint}")
+    return found

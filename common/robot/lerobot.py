@@ -25,8 +25,9 @@ from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from common.cli import Count, Natural, NonNegative, Positive, Refused, Text, fail, in_words
-from common.files import Object, read_json, read_lines
+from common.files import Object, read_json
 from common.robot import files
+from common.robot.files import read_lines
 
 DELETE = "delete it to have it computed from the rows"
 HINT = "without it this is not a LeRobot data set"

@@ -13,7 +13,7 @@ GRPO_HEALTH = [
     ("completion length, share cut", "step", ["train/completions/mean_length", "train/completions/clipped_ratio"]),
     ("sampling vs training log-prob", "step", ["train/sampling_logp_difference/mean"]),
 ]
-# script -> figure -> panels: see common/plot.py
+# script -> figure -> panels: see common/plot/__init__.py
 FIGURES = {
     "grpo_arithmetic": {
         "learning": [

@@ -6,17 +6,15 @@ uv run python -m common.plot --runs runs/grpo_arithmetic/A runs/grpo_arithmetic/
 import importlib
 import json
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 SECONDS = "time/elapsed_s"
 # script -> module whose FIGURES has its figures -> panels (title, x, metrics). A metric is followed by its interval
 # where <metric>_low is logged; a panel without a metric in any of the runs is left out
-ROOMS = dict.fromkeys(("grpo_arithmetic", "grpo_mixed"), "common.language.figures")
-ROOMS |= dict.fromkeys(("ppo_fetch", "ppo_gr00t", "gr00t_finetune"), "common.robot.figures")
+ROOMS = dict.fromkeys(("grpo_arithmetic", "grpo_mixed"), "common.plot.language")
+ROOMS |= dict.fromkeys(("ppo_fetch", "ppo_gr00t", "gr00t_finetune"), "common.plot.robot")
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
@@ -92,15 +90,3 @@ def draw(runs: list[Path], script: str, out: Path) -> list[Path]:
     """All figures of a script, as <out>/<figure>.png."""
     found = importlib.import_module(ROOMS[script]).FIGURES[script] if script in ROOMS else {}
     return [figure(runs, panels, out / f"{name}.png", caption_of(runs)) for name, panels in found.items()]
-
-
-@dataclass
-class Args:
-    runs: tuple[Path, ...]  # run folders of one script
-    out: Path  # folder for the PNG files
-    script: str = "grpo_arithmetic"  # script the runs are of
-
-
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    print("\n".join(map(str, draw(list(args.runs), args.script, args.out))))

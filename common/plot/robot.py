@@ -21,7 +21,7 @@ PPO = {
         ("optimizer steps an iteration", "step", ["losses/optimizer_steps"]),
     ],
 }
-# script -> figure -> panels: see common/plot.py
+# script -> figure -> panels: see common/plot/__init__.py
 FIGURES = {
     "ppo_fetch": PPO,
     "ppo_gr00t": PPO,
