@@ -187,11 +187,11 @@ def find_checkpoint(path: str, best: bool = False) -> Path:
     folder = Path(path)
     if not os.path.isdir(path):  # also where the name is longer than one may be
         what = "is no folder" if os.path.exists(path) else "does not exist"
-        fail(f"'{path[:200]}' {what}; give a run folder such as runs/<script>/<name> or a step-… folder in it")
+        fail(f"'{path[:200]}' {what}; give a run folder such as runs/<script>/<name> or one of its step-… folders")
     if (folder / "trainer.json").exists():
         return folder.resolve()
-    if best and (folder / "best").exists():
-        return (folder / "best").resolve()
+    if best and (folder / "best").is_symlink():
+        return find_checkpoint(str(folder / "best"))
     if not (steps := checkpoints(folder)):
         fail(f"'{path}' holds no checkpoint: it is not a run folder, or the run ended before its first save")
     return steps[-1].resolve()

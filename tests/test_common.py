@@ -133,6 +133,16 @@ def refused(capsys, call, *args) -> str:
     return error
 
 
+def test_a_best_link_that_leads_nowhere_is_not_passed_over(tmp_path, capsys):
+    folder = write_checkpoint(tmp_path, 1, trained_optimizer(1)[1])
+    settle(tmp_path, folder, folder, keep=1)
+    assert find_checkpoint(str(tmp_path), best=True) == folder
+    (tmp_path / "best").unlink()
+    (tmp_path / "best").symlink_to("checkpoints/step-000009")
+    assert f"'{tmp_path}/best' does not exist" in refused(capsys, find_checkpoint, str(tmp_path), True)
+    assert find_checkpoint(str(tmp_path)) == folder
+
+
 def test_half_a_line_in_the_middle_of_a_log_is_named(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st{"step": 2}\n{"step": 3}\n')
     error = refused(capsys, lines_until, tmp_path / "metrics.jsonl", 9)
