@@ -593,20 +593,8 @@ def check(args: Args, world: World) -> None:
     fetch.refuse_other_version(args.env_id)
     if fetch.is_fetch(args.env_id):
         fetch.import_robotics()
-    elif args.env_backend == "native":
-        fail(
-            f"--env-id {args.env_id}: the native backend knows {', '.join(f'{task}-v4' for task in fetch.TASKS)}; "
-            "for another Gymnasium id add --env-backend gymnasium"
-        )
     else:
-        if args.reward_mode != "env":
-            fail(f"--reward-mode {args.reward_mode} is for the Fetch tasks; {args.env_id} has --reward-mode env")
-        for name in ("observation_mode", "num_threads"):
-            if getattr(args, name) is not None:
-                fail(f"{flag(name)} {getattr(args, name)} is for the Fetch tasks and changes nothing here: drop it")
-        actions = spaces.examine(args.env_id, args.max_episode_steps)
-        if args.log_std_init != Args.log_std_init and not isinstance(actions.policy, gym.spaces.Box):
-            fail(f"--log-std-init {args.log_std_init} is for actions in a box; {args.env_id} has choices: drop it")
+        spaces.check(args, Args.log_std_init)
     if not args.stagger and args.env_backend != "native":
         fail(f"--no-stagger is for --env-backend native; {args.env_backend} starts all environments at once: drop it")
     sim.check_numbers(args, args.num_envs * args.num_steps, world)

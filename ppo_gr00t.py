@@ -41,7 +41,7 @@ from imageio.v3 import imread
 from safetensors.torch import load_file, save_file
 
 from common.checkpoint import trainer_file
-from common.cli import Count, Fraction, Name, Natural, NonNegative, Positive, Seed, Share, Text, fail, parse
+from common.cli import Count, Fraction, Name, Natural, NonNegative, Positive, Seed, Share, Text, fail, flag, parse
 from common.parallel import World, clip_gradients, sum_gradients
 from common.robot import fetch, sim
 from common.robot.feature_cache import FeatureCache
@@ -776,6 +776,9 @@ def check(args: Args, world: World) -> None:
         fail(f"--noise-range {args.noise_range[0]} {args.noise_range[1]}: two positive numbers, the smaller one first")
     if args.sampler == "flow-noise" and not args.critic_warmup:
         fail("--critic-warmup 0: Flow-Noise learns its features' statistics from the first iteration; give at least 1")
+    for name, sampler in (("noisy_step", "flow-sde"), ("noise_range", "flow-noise"), ("ent_coef", "flow-noise")):
+        if getattr(args, name) != getattr(Args, name) and args.sampler != sampler:
+            fail(f"{flag(name)} is read by --sampler {sampler} alone, not by {args.sampler}: drop it")
     if args.lora_full_model and not args.lora_rank:
         fail("--lora-full-model needs --lora-rank")
     if args.eval_only and not args.model_path:

@@ -1,6 +1,9 @@
 """Environments of every kind under ppo_fetch.py: each is learnt, or refused in one line before anything is made."""
 
+import os
+import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +16,9 @@ from gymnasium import spaces
 
 import ppo_fetch
 import ppo_gr00t
-from common.robot import fetch
+from common.robot import fetch, sim
 from common.robot.spaces import Actions
+from common.stats import wilson
 
 BOX = spaces.Box(-1, 1, (2,))
 
@@ -209,7 +213,6 @@ def test_an_id_with_dense_in_it_trains_on_the_dense_reward():
 
 
 def test_a_bogus_renderer_ends_in_one_line(tmp_path):
-    import os
     import subprocess
 
     root = Path(ppo_fetch.__file__).parent
@@ -346,3 +349,66 @@ def test_returns_that_do_not_vary_are_no_measure_of_rewards(module):
         assert 0 < module.Agent.reward_scale(agent) <= most * 1.0001
     with pytest.raises(SystemExit):
         agent.return_statistics.update(torch.tensor([[torch.nan]]))
+
+
+class Tells(Made):
+    """Episodes of 6 steps that a time limit ends; what it says of success, and when."""
+
+    def __init__(self, key: str, last_only: bool):
+        super().__init__()
+        self.key, self.last_only = key, last_only
+
+    def step(self, action):
+        self.t += 1
+        ended = self.t == 6
+        info = {self.key: self.t >= 5} if ended or not self.last_only else {}
+        return self.observation_space.sample(), 0.0, False, ended, info
+
+
+@pytest.mark.parametrize("key", ["success", "is_success"])
+@pytest.mark.parametrize("last_only", [True, False])
+def test_success_is_heard_under_both_names_at_any_step_or_the_last(key, last_only, run):
+    env_id = register(f"Tells{key.replace('_', '')}{last_only}", lambda: Tells(key, last_only))
+    code, folder = run(env_id=env_id, **SHORT)
+    assert code == 0 and rows(folder)[0]["eval/success_rate"] == rows(folder)[-1]["charts/success_rate"] == 1.0
+
+
+@pytest.mark.parametrize("env_id", ["RefusedEndless-v0", "FetchReach-v4"])
+def test_an_episode_ends_when_the_flag_says(env_id, run):
+    backend = "native" if env_id.startswith("Fetch") else "gymnasium"
+    code, folder = run(env_id=env_id, env_backend=backend, max_episode_steps=7, **SHORT)
+    assert code == 0
+    assert rows(folder)[0]["eval/episodic_length"] == rows(folder)[-1]["charts/episodic_length"] == 7
+
+
+def test_an_evaluation_without_a_time_limit_ends(monkeypatch):
+    monkeypatch.setattr("common.robot.spaces.LONGEST", 12)
+    args = ppo_fetch.resolve(replace(ppo_fetch.Args(), env_id="RefusedEndless-v0", eval_episodes=2))
+    envs = sim.make_envs(args, 2, "gymnasium", evaluation=True)
+    assert ppo_fetch.evaluate(ppo_fetch.do_nothing(envs.single_action_space), envs, args)["eval/episodic_length"] == 12
+
+
+def test_ctrl_c_is_not_for_the_processes_of_environments():
+    args = ppo_fetch.resolve(replace(ppo_fetch.Args(), env_id="CartPole-v1"))
+    envs = sim.make_envs(args, 2, "gymnasium-async")
+    envs.reset(seed=1)
+    for process in envs.processes:
+        os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.2)
+    assert envs.step(np.zeros((2, 1), np.int64))[1].tolist() == [1.0, 1.0]
+    assert all(process.is_alive() for process in envs.processes)
+    envs.close()
+
+
+def test_a_video_that_needs_a_package_says_which_and_training_goes_on(run, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    monkeypatch.setattr("common.robot.video.no_renderer", lambda: "")
+    code, folder = run(env_id="CartPole-v1", **SHORT | {"capture_video": True})
+    out = capsys.readouterr().out
+    assert code == 0 and "video is off" in out and "pygame is not installed" in out
+    assert Path(out.strip().splitlines()[-1].split("model ")[1]).exists()  # what the last line names is there
+
+
+def test_no_interval_begins_below_zero():
+    for n in range(1, 200):
+        assert wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1 and f"{wilson(0, n)[0]:.3f}" == "0.000"

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags_of, rows, run_script, timeless
+from conftest import ROOT, flags_of, rows, run_script, timeless, two_forks
 from safetensors.torch import load_file
 from test_docs import documented_metrics
 from test_ppo_math import WORLD
@@ -204,6 +204,20 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, flags, tmp_path)
     assert all(torch.equal(last[k], again[k]) for k in last)
 
 
+def test_two_processes_agree_with_one_also_where_a_minibatch_is_all_the_others(run, monkeypatch):
+    """Policy and critic see the same minibatches, here of one row; only the order of float sums differs."""
+    flags = dict(num_minibatches=8, env_groups=1, critic_epochs=2, target_kl=0)
+    code, single = run(**flags)
+    main = p.main
+    monkeypatch.setattr(p, "main", lambda args: sys.exit(max(two_forks(lambda: main(args)))))
+    code_two, double = run(**flags)
+    assert code == code_two == 0 and single != double
+    for a, b in zip(timeless(single), timeless(double), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-4), (a["step"], key)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -218,6 +232,9 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, flags, tmp_path)
         (dict(total_timesteps=10), "one batch"),
         (dict(noise_range=(0.3, 0.1)), "noise-range"),
         (dict(model_path=None, eval_only=True), "--model-path"),
+        (dict(noisy_step="any", sampler="flow-noise"), "--noisy-step"),
+        (dict(noise_range=(0.1, 0.2)), "--noise-range"),
+        (dict(ent_coef=0.01), "--ent-coef"),
     ],
 )
 def test_bad_input_ends_in_one_line(run, flags, message, capsys):

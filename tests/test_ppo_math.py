@@ -367,6 +367,29 @@ def test_an_infinite_gradient_under_fp16_changes_no_parameter():
     assert all(torch.equal(a, b) for a, b in zip(before, agent.parameters()))
 
 
+@pytest.mark.parametrize("what", ["returns", "logprobs"])
+def test_numbers_that_are_none_pass_no_guard_and_change_no_parameter(what):
+    agent = make_agent()
+    batch = random_batch(agent)
+    batch[what][0, 0] = float("nan")
+    before = [p.detach().clone() for p in agent.parameters()]
+    metrics = run_update(agent, batch, replace(ARGS, num_minibatches=1, update_epochs=1))
+    assert metrics["optimizer_steps"] == 0
+    assert metrics["skipped_steps"] == (what == "returns") and metrics["kl_stop"] == (what == "logprobs")
+    assert all(torch.equal(a, b) for a, b in zip(before, agent.parameters()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6))
+def test_every_row_of_the_batch_is_computed_by_one_process(T, n, size, seed):
+    rows = torch.randperm(T * n * size, generator=torch.Generator().manual_seed(seed))[: T * n]
+    found = []
+    for rank in range(size):
+        local = ppo_fetch.own_rows(rows, n, World(rank, size, torch.device("cpu")))
+        found += [(int(i) // n, rank * n + int(i) % n) for i in local]  # (step, environment)
+    assert sorted(found) == sorted((int(r) // (n * size), int(r) % (n * size)) for r in rows)
+
+
 def test_every_epoch_sees_each_row_once_in_a_new_order(monkeypatch):
     orders = []
     original = ppo_fetch.minibatch_order

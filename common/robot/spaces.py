@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from common.cli import fail
+from common.cli import fail, flag
 from common.robot import fetch
 
 LONGEST = 10_000  # steps of an episode where neither the environment nor --max-episode-steps sets a limit
@@ -178,6 +178,23 @@ def examine(env_id: str, max_episode_steps: int | None = None) -> Actions:
     if why or endless:
         fail(f"--env-id {env_id} {why or endless}")
     return Actions(env.action_space)
+
+
+def check(args, log_std_init: float) -> None:
+    """Flags of a script for another environment than Fetch, and that environment; log_std_init: where none is given."""
+    if args.env_backend == "native":
+        fail(
+            f"--env-id {args.env_id}: the native backend knows {', '.join(f'{task}-v4' for task in fetch.TASKS)}; "
+            "for another Gymnasium id add --env-backend gymnasium"
+        )
+    if args.reward_mode != "env":
+        fail(f"--reward-mode {args.reward_mode} is for the Fetch tasks; {args.env_id} has --reward-mode env")
+    for name in ("observation_mode", "num_threads"):
+        if getattr(args, name) is not None:
+            fail(f"{flag(name)} {getattr(args, name)} is for the Fetch tasks and changes nothing here: drop it")
+    actions = examine(args.env_id, args.max_episode_steps)
+    if args.log_std_init != log_std_init and not isinstance(actions.policy, spaces.Box):
+        fail(f"--log-std-init {args.log_std_init} is for actions in a box; {args.env_id} has choices: drop it")
 
 
 def limit(max_episode_steps: int | None) -> dict[str, int]:
