@@ -22,7 +22,6 @@ Dims: N environments, T steps, B = N * T, D observation, A action.
 
 import common.stop  # noqa: F401, first: Ctrl-C is heard while the rest is imported
 
-import json
 import math
 import sys
 from contextlib import nullcontext
@@ -38,13 +37,13 @@ from annotated_types import Interval
 from gymnasium.vector import AutoresetMode, VectorEnv
 from safetensors.torch import load_file, save_file
 
-from common.checkpoint import find_checkpoint
+from common.checkpoint import find_checkpoint, read_state
 from common.cli import Count, Fraction, Name, NonNegative, Positive, Seed, Share, Text, fail, flag, parse
 from common.parallel import World, clip_gradients, sum_gradients
 from common.robot import fetch, sim, spaces
 from common.robot.sim import SimArgs
 from common.robot.video import Videos, write_mp4
-from common.run import Run
+from common.run import FREE, Run
 from common.streams import stream_seed, torch_stream
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
@@ -495,16 +494,6 @@ def finish_step(group: Group, args: Args) -> tuple[dict[str, np.ndarray], list[d
     return transition | {"next_obs": x}, episodes
 
 
-def returns_of(rewards: torch.Tensor, dones: torch.Tensor, carry: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Discounted sum of the rewards so far in each episode, (T, n); `carry` (n,) goes on from batch to batch."""
-    rows = []
-    for r, done in zip(rewards.double(), dones):
-        carry.mul_(gamma).add_(r)
-        rows.append(carry.clone())
-        carry.masked_fill_(done, 0.0)
-    return torch.stack(rows)
-
-
 # ---- 6. Evaluate and record ------------------------------------------------------------------------------------------
 
 
@@ -541,14 +530,17 @@ def play(act, envs: VectorEnv, args: Args, draw=None) -> list[dict]:
     return [first[i] for i in range(n)]
 
 
-def evaluate(act, envs, args: Args) -> dict[str, float]:
-    """Success is that of the last step; `once` counts episodes that were at the goal in any step."""
-    return sim.summary(play(act, envs, args), "eval")
+def evaluate(act, envs, args: Args, each=None) -> dict[str, float]:
+    """Success is that of the last step; `once` counts episodes that were at the goal in any step. each(): see `play`"""
+    return sim.summary(play(act, envs, args, each), "eval")
 
 
 def measure(run: Run, step: int, act, envs, state: dict, args: Args) -> dict[str, float]:
     """Evaluates; remembers the result and the best (success, then return); ends the run where that was asked for."""
-    state["last"] = metrics = evaluate(act, envs, args) if run.world.main else {}
+    found = sim.unless_stopped(run, step, state, lambda each: evaluate(act, envs, args, each))
+    if state["owed"]:
+        return {}
+    state["last"] = metrics = found
     success = metrics.get("eval/success_rate", 0.0)
     state["streak"] = state["streak"] + 1 if args.stop_success and success >= args.stop_success else 0
     if run.world.main:
@@ -606,9 +598,7 @@ def check(args: Args, world: World) -> None:
 
 def check_agent(folder: Path, args: Args) -> None:
     """A checkpoint that another run may start from is of the same task, observation and network."""
-    saved = json.loads((folder / "trainer.json").read_text())
-    if saved["script"] != "ppo_fetch":
-        fail(f"checkpoint '{folder}' belongs to {saved['script']}, not to ppo_fetch")
+    saved = read_state(folder, "ppo_fetch")
     for name in POLICY:
         old, new = saved.get(name, getattr(Args, name)), getattr(args, name)
         same = old == new or new is None or name == "env_id" and fetch.task_of(old) == fetch.task_of(new) != "other"
@@ -636,7 +626,7 @@ def train(run: Run, args: Args) -> None:
         agent.policy = torch.compile(agent.policy)
     act, videos = mean_actions(agent, world.device), Videos(run, args.capture_video)
     state = {name: getattr(args, name) for name in POLICY}  # see `check_agent`
-    state |= {"steps": 0, "train_s": 0.0, "streak": 0, "base": {}, "last": {}, "recent": []}
+    state |= {"owed": False, "steps": 0, "train_s": 0.0, "streak": 0, "base": {}, "last": {}, "recent": []}
     if args.eval_only:
         run.write(0, measure(run, 0, act, eval_envs, state, args))
         videos.film(0, record_video, act, args)
@@ -645,7 +635,7 @@ def train(run: Run, args: Args) -> None:
     rates = [args.learning_rate]
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
-    carry = torch.zeros(args.num_envs // world.size, dtype=torch.float64, device=world.device)  # for `returns_of`
+    carry = torch.zeros(args.num_envs // world.size, dtype=torch.float64, device=world.device)  # for `sim.returns_of`
 
     def write(folder: Path | None) -> dict:
         if folder:
@@ -658,6 +648,9 @@ def train(run: Run, args: Args) -> None:
         for group in loaded:
             group.observe(group.envs.observe(), args)
         groups = loaded or make_groups(args, world, pool, run.first)
+        if state["owed"]:
+            run.write(run.first, measure(run, run.first, act, eval_envs, state, args))
+            run.settle(run.first)
     else:
         idle = evaluate(do_nothing(space), eval_envs, args) if world.main else {}
         state["base"] = {key.replace("eval/", "baseline/"): value for key, value in idle.items()}
@@ -675,7 +668,7 @@ def train(run: Run, args: Args) -> None:
         with run.clock("update"):
             # ---- 2. values, advantages, returns: in units of scaled reward ----
             if args.scale_rewards:
-                discounted = returns_of(batch["rewards"], batch["dones"], carry, args.gamma)
+                discounted = sim.returns_of(batch["rewards"], batch["dones"], carry, args.gamma)
                 agent.return_statistics.update(discounted.reshape(-1, 1), world)
             rewards = batch["rewards"] * agent.reward_scale().float()
             with torch.no_grad():
@@ -724,8 +717,11 @@ def train(run: Run, args: Args) -> None:
 
 
 def main(args: Args) -> None:
-    run = Run(__file__, args)
+    own = {"env_id"} if ":" in args.env_id else set()  # what a folder says imports no module: say it with --resume too
+    run = Run(__file__, args, FREE | own)
     args = resolve(run.args)
+    if run.checkpoint and (args.env_id != run.saved["env_id"] or ":" in args.env_id and not own):
+        fail(f"'{run.checkpoint}' is of another environment, or of a module's: add --env-id {run.saved['env_id']}")
     check(args, run.world)
     sim.set_up_torch(args)
     with run.open(args):

@@ -676,16 +676,6 @@ def play_chunk(group: Group, actions: np.ndarray, args: Args, draw=None) -> tupl
     return chunk, last, episodes
 
 
-def returns_of(rewards: torch.Tensor, dones: torch.Tensor, carry: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Discounted sum of the rewards so far in each episode, (T, n); `carry` (n,) goes on from batch to batch."""
-    rows = []
-    for r, done in zip(rewards.double(), dones):
-        carry.mul_(gamma).add_(r)
-        rows.append(carry.clone())
-        carry.masked_fill_(done, 0.0)
-    return torch.stack(rows)
-
-
 # ---- 6. Evaluate and record ------------------------------------------------------------------------------------------
 
 
@@ -713,14 +703,17 @@ def play(act, envs: fetch.FetchVec, args: Args, draw=None) -> list[dict]:
     return episodes
 
 
-def evaluate(act, envs, args: Args) -> dict[str, float]:
-    """Success is that of the last step; `once` counts episodes that were at the goal in any step."""
-    return sim.summary(play(act, envs, args), "eval")
+def evaluate(act, envs, args: Args, each=None) -> dict[str, float]:
+    """Success is that of the last step; `once` counts episodes that were at the goal in any step. each(): see `play`"""
+    return sim.summary(play(act, envs, args, each), "eval")
 
 
 def measure(run: Run, step: int, act, envs, state: dict, args: Args) -> dict[str, float]:
     """Evaluates; remembers the result and the best (success, then return); ends the run where that was asked for."""
-    state["last"] = metrics = evaluate(act, envs, args) if run.world.main else {}
+    found = sim.unless_stopped(run, step, state, lambda each: evaluate(act, envs, args, each))
+    if state["owed"]:
+        return {}
+    state["last"] = metrics = found
     success = metrics.get("eval/success_rate", 0.0)
     state["streak"] = state["streak"] + 1 if args.stop_success and success >= args.stop_success else 0
     if run.world.main:
@@ -829,7 +822,7 @@ def train(run: Run, args: Args, interface: Interface) -> None:
     agent, robot, adapters = load_agent(args, interface, run)
     act, videos = plain_flow(agent, robot, args), Videos(run, args.capture_video)
     state = {"args": {"data_config": args.data_config, "embodiment_tag": args.embodiment_tag}}  # see `read_interface`
-    state |= {"steps": 0, "train_s": 0.0, "streak": 0, "base": {}, "last": {}, "recent": []}
+    state |= {"owed": False, "steps": 0, "train_s": 0.0, "streak": 0, "base": {}, "last": {}, "recent": []}
     if args.eval_only:
         run.write(0, measure(run, 0, act, eval_envs, state, args))
         videos.film(0, record_video, act, args)
@@ -843,7 +836,7 @@ def train(run: Run, args: Args, interface: Interface) -> None:
     rates = [args.learning_rate, args.critic_learning_rate]
     optimizer = torch.optim.Adam([{"params": p, "lr": r} for p, r in zip((actor, critic), rates)], eps=1e-5, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
-    carry = torch.zeros(args.num_envs // world.size, dtype=torch.float64, device=world.device)  # for `returns_of`
+    carry = torch.zeros(args.num_envs // world.size, dtype=torch.float64, device=world.device)  # for `sim.returns_of`
 
     def write(folder: Path | None) -> dict:
         save_policy(folder, agent.model, adapters, {args.embodiment_tag: interface.metadata})
@@ -856,6 +849,9 @@ def train(run: Run, args: Args, interface: Interface) -> None:
     if run.checkpoint:
         for group in sim.load(run, state, groups, carry, scaler):
             group.observe(args)
+        if state["owed"]:
+            run.write(run.first, measure(run, run.first, act, eval_envs, state, args))
+            run.settle(run.first)
     else:
         run.say(
             f"{args.env_id}: {args.num_envs} environments x {args.num_steps} chunks of {args.execute_steps} = "
@@ -880,7 +876,7 @@ def train(run: Run, args: Args, interface: Interface) -> None:
             if step == 0:  # from now on fixed: a critic whose inputs keep moving learns everything anew
                 agent.statistics.update(batch["condition"].flatten(0, 1), world)
             if args.scale_rewards:
-                discounted = returns_of(batch["rewards"], batch["dones"], carry, args.gamma**args.execute_steps)
+                discounted = sim.returns_of(batch["rewards"], batch["dones"], carry, args.gamma**args.execute_steps)
                 agent.return_statistics.update(discounted.reshape(-1, 1), world)
             rewards = batch["rewards"] * agent.reward_scale().float()
             with torch.no_grad():

@@ -185,14 +185,19 @@ def test_a_number_that_is_none_ends_the_run_in_one_line_that_names_environment_a
     assert code == 2 and f"{name} gave the {where} " in line and "after 14 steps" in line
 
 
-def test_an_id_of_the_users_own_module_is_what_gym_make_takes(run, tmp_path, monkeypatch):
+def test_an_id_of_the_users_own_module_is_what_gym_make_takes(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "my_robots.py").write_text(
         "import gymnasium as gym\n"
         "gym.register('MyPole-v0', 'gymnasium.envs.classic_control:CartPoleEnv', max_episode_steps=50)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    code, folder = run(env_id="my_robots:MyPole-v0", **SHORT)
+    code, folder = run(env_id="my_robots:MyPole-v0", **SHORT | {"save_every": 2})
     assert code == 0 and (folder / "last").exists()
+    middle = str(sorted((folder / "checkpoints").iterdir())[0])
+    resume = dict(env_backend=None, output_dir=None, capture_video=None, resume=middle)
+    code, _ = run(**resume)  # a folder is data: what it says imports nothing
+    assert code == 2 and "add --env-id my_robots:MyPole-v0" in one_line(capsys.readouterr().err.splitlines()[-1])
+    assert run(**resume, env_id="my_robots:MyPole-v0")[0] == 0
     sys.modules.pop("my_robots")
 
 

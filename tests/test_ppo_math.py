@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import ppo_fetch
 from common.parallel import World
+from common.robot import sim
 from ppo_fetch import Agent, Args, RunningStatistics, gae, logprobs_entropy, normalize_advantages, ppo_loss, sample
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -236,17 +237,17 @@ def test_rewards_a_thousand_times_larger_are_the_same_task():
     scaled = []
     for factor in (1.0, 1000.0):
         agent, carry = make_agent(), torch.zeros(3, dtype=torch.float64)
-        agent.return_statistics.update(ppo_fetch.returns_of(rewards * factor, dones, carry, 0.9).reshape(-1, 1))
+        agent.return_statistics.update(sim.returns_of(rewards * factor, dones, carry, 0.9).reshape(-1, 1))
         scaled.append(rewards * factor * agent.reward_scale())
     torch.testing.assert_close(scaled[0], scaled[1], rtol=1e-5, atol=0)
 
 
 def test_discounted_returns_start_anew_after_an_end_and_go_on_over_batches():
     rewards, dones = torch.ones(6, 1), torch.tensor([0, 0, 1, 0, 0, 0]).bool()[:, None]
-    whole = ppo_fetch.returns_of(rewards, dones, torch.zeros(1, dtype=torch.float64), 0.5)
+    whole = sim.returns_of(rewards, dones, torch.zeros(1, dtype=torch.float64), 0.5)
     torch.testing.assert_close(whole[:, 0], torch.tensor([1, 1.5, 1.75, 1, 1.5, 1.75]).double())
     carry = torch.zeros(1, dtype=torch.float64)
-    parts = [ppo_fetch.returns_of(r, d, carry, 0.5) for r, d in zip(rewards.split(2), dones.split(2))]
+    parts = [sim.returns_of(r, d, carry, 0.5) for r, d in zip(rewards.split(2), dones.split(2))]
     torch.testing.assert_close(torch.cat(parts), whole)
 
 

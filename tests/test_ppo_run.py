@@ -390,6 +390,33 @@ def test_a_stopped_run_saves_and_names_the_command_that_continues_it(run, monkey
     assert code == 0 and timeless(folder) == timeless(whole)
 
 
+def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_up_for_it(run, monkeypatch):
+    """An evaluation may last: it does not wait for its end, and what it would have found is found later."""
+    whole = run(**FETCH)[1]
+    calls, steps, play, finish = [], [], ppo_fetch.play, ppo_fetch.finish_step
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:  # doing nothing, before training, after 2 iterations
+            os.kill(os.getpid(), signal.SIGTERM)
+            monkeypatch.setattr(ppo_fetch, "finish_step", lambda *a: steps.append(1) or finish(*a))
+        return play(*args)
+
+    monkeypatch.setattr(ppo_fetch, "play", interrupted)
+    time.sleep(1.1)  # run folders are named by the second
+    code, folder = run(**FETCH)
+    assert (
+        code == 143 and steps == [] and rows(folder)[-1]["step"] == 160 and "eval/success_rate" not in rows(folder)[-1]
+    )
+    code, _ = run(resume=str(folder))
+    merged = {}
+    for row in timeless(folder):
+        merged[row["step"]] = merged.get(row["step"], {}) | row
+    assert code == 0 and list(merged.values()) == timeless(whole)
+    assert same_weights(folder / "last", whole / "last")
+    assert (folder / "best").exists() == (whole / "best").exists()
+
+
 def test_a_run_may_end_when_it_has_succeeded_three_times(run):
     code, folder = run(
         env_id="ProbeSolved-v0", total_timesteps=8000, num_envs=4, num_steps=10, hidden=8, stop_success=0.9,

@@ -12,7 +12,7 @@ import ppo_gr00t
 
 TWINS = [
     "potential_of", "reward_of", "RunningStatistics", "orthogonal", "mlp", "gae", "ppo_loss", "normalize_advantages",
-    "minibatch_order", "own_rows", "update", "returns_of", "evaluate", "measure", "resolve",
+    "minibatch_order", "own_rows", "update", "evaluate", "measure", "resolve",
 ]  # fmt: skip
 # in both under one name, and not the same: the policy, its chunks, its checkpoint, its evaluation
 CHANGED = {

@@ -4,6 +4,7 @@ Nothing here moves a learning curve: the observations that really followed, what
 environments for checkpoints.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from annotated_types import Interval
 from gymnasium.vector import AutoresetMode, VectorEnv
 from safetensors.numpy import load_file, save_file
 
+from common import stop
 from common.checkpoint import trainer_file
 from common.cli import Count, Natural, Share, Threads, fail
 from common.parallel import World, cores
@@ -151,6 +153,30 @@ def success_flags(infos: dict, dones: np.ndarray) -> np.ndarray | None:
     return np.where(dones & infos.get("_final_info", np.zeros(len(dones), bool)), final, now).astype(bool)
 
 
+class Stopped(Exception):
+    """By Ctrl-C or SIGTERM."""
+
+
+def unless_stopped(run: Run, step: int, state: dict, evaluation: Callable[[Callable], dict]) -> dict:
+    """What evaluation(each) finds, on the first process; the others get nothing. Every process calls it.
+
+    It calls each() before every step, which ends it when a signal has come, unless this is the run's last step: then
+    state["owed"] is true, and a resumed run makes up for it.
+    """
+
+    def each() -> None:
+        if stop.received is not None and step < run.total:
+            raise Stopped
+
+    found = {}
+    with contextlib.suppress(Stopped):
+        state["owed"] = True
+        found = evaluation(each) if run.world.main else {}
+        state["owed"] = False
+    (state["owed"],) = run.world.any(state["owed"])
+    return found
+
+
 class Episodes:
     """What the running episodes of n environments came to so far."""
 
@@ -212,6 +238,16 @@ def outcome(run: Run, state: dict, start: str) -> str:
         text += f"final distance {100 * last['eval/final_distance']:.1f} cm, "
     text += f"return {base['baseline/episodic_return']:.2f} -> {last['eval/episodic_return']:.2f}; "
     return text + f"{state['steps']:,} steps in {state['train_s']:.1f} s of training, {run.log.elapsed:.0f} s in all"
+
+
+def returns_of(rewards: torch.Tensor, dones: torch.Tensor, carry: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Discounted sum of the rewards so far in each episode, (T, n); `carry` (n,) goes on from batch to batch."""
+    rows = []
+    for r, done in zip(rewards.double(), dones):
+        carry.mul_(gamma).add_(r)
+        rows.append(carry.clone())
+        carry.masked_fill_(done, 0.0)
+    return torch.stack(rows)
 
 
 def explained_variance(returns: torch.Tensor, values: torch.Tensor, world: World) -> float:
