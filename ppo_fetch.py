@@ -35,7 +35,7 @@ import torch
 import torch.nn as nn
 from annotated_types import Interval
 from gymnasium.vector import AutoresetMode, VectorEnv
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from common.checkpoint import find_checkpoint, read_state
 from common.cli import Count, Fraction, Name, NonNegative, Positive, Seed, Share, Text, fail, flag, parse
@@ -538,7 +538,7 @@ def evaluate(act, envs, args: Args, each=None) -> dict[str, float]:
 def measure(run: Run, step: int, act, envs, state: dict, args: Args) -> dict[str, float]:
     """Evaluates; remembers the result and the best (success, then return); ends the run where that was asked for."""
     found = sim.unless_stopped(run, step, state, lambda each: evaluate(act, envs, args, each))
-    if state["owed"]:
+    if state.get("owed"):
         return {}
     state["last"] = metrics = found
     success = metrics.get("eval/success_rate", 0.0)
@@ -619,14 +619,13 @@ def train(run: Run, args: Args) -> None:
     space = groups[0].envs.single_action_space
     agent = Agent(groups[0].x.shape[1], space, args).to(world.device)
     if args.init_from or run.checkpoint:
-        folder = run.checkpoint or find_checkpoint(args.init_from, best=True)
-        agent.load_state_dict(load_file(folder / "model.safetensors"))
+        sim.load_weights(agent, run.checkpoint or find_checkpoint(args.init_from, best=True))
     loss_of = torch.compile(minibatch_loss) if args.compile else minibatch_loss
     if args.compile:  # for acting as for the update, or in low precision the two would round differently
         agent.policy = torch.compile(agent.policy)
     act, videos = mean_actions(agent, world.device), Videos(run, args.capture_video)
     state = {name: getattr(args, name) for name in POLICY}  # see `check_agent`
-    state |= {"owed": False, "steps": 0, "train_s": 0.0, "streak": 0, "base": {}, "last": {}, "recent": []}
+    state |= {"steps": 0, "train_s": 0.0, "streak": 0, "base": {}, "last": {}, "recent": []}
     if args.eval_only:
         run.write(0, measure(run, 0, act, eval_envs, state, args))
         videos.film(0, record_video, act, args)
@@ -648,7 +647,7 @@ def train(run: Run, args: Args) -> None:
         for group in loaded:
             group.observe(group.envs.observe(), args)
         groups = loaded or make_groups(args, world, pool, run.first)
-        if state["owed"]:
+        if state.get("owed"):
             run.write(run.first, measure(run, run.first, act, eval_envs, state, args))
             run.settle(run.first)
     else:

@@ -711,7 +711,7 @@ def evaluate(act, envs, args: Args, each=None) -> dict[str, float]:
 def measure(run: Run, step: int, act, envs, state: dict, args: Args) -> dict[str, float]:
     """Evaluates; remembers the result and the best (success, then return); ends the run where that was asked for."""
     found = sim.unless_stopped(run, step, state, lambda each: evaluate(act, envs, args, each))
-    if state["owed"]:
+    if state.get("owed"):
         return {}
     state["last"] = metrics = found
     success = metrics.get("eval/success_rate", 0.0)
@@ -822,7 +822,7 @@ def train(run: Run, args: Args, interface: Interface) -> None:
     agent, robot, adapters = load_agent(args, interface, run)
     act, videos = plain_flow(agent, robot, args), Videos(run, args.capture_video)
     state = {"args": {"data_config": args.data_config, "embodiment_tag": args.embodiment_tag}}  # see `read_interface`
-    state |= {"owed": False, "steps": 0, "train_s": 0.0, "streak": 0, "base": {}, "last": {}, "recent": []}
+    state |= {"steps": 0, "train_s": 0.0, "streak": 0, "base": {}, "last": {}, "recent": []}
     if args.eval_only:
         run.write(0, measure(run, 0, act, eval_envs, state, args))
         videos.film(0, record_video, act, args)
@@ -849,7 +849,7 @@ def train(run: Run, args: Args, interface: Interface) -> None:
     if run.checkpoint:
         for group in sim.load(run, state, groups, carry, scaler):
             group.observe(args)
-        if state["owed"]:
+        if state.get("owed"):
             run.write(run.first, measure(run, run.first, act, eval_envs, state, args))
             run.settle(run.first)
     else:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, flags_of, rows, run_script, timeless, two_forks
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_docs import documented_metrics
 from test_ppo_math import WORLD
 
@@ -360,6 +360,11 @@ def test_eval_only_and_init_from_use_the_saved_policy_and_refuse_foreign_ones(ru
         capsys.readouterr()
         code, _ = run(init_from=str(folder), eval_only=True, **flags)
         assert code == 2 and words in capsys.readouterr().err
+    found = load_file(folder / "last" / "model.safetensors")
+    found.pop("critic_head.bias")
+    save_file(found, folder / "last" / "model.safetensors")
+    code, _ = run(init_from=str(folder / "last"), eval_only=True, hidden=16)
+    assert code == 2 and "critic_head.bias" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_fetch_reach_is_learned_in_seconds(run):

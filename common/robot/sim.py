@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from annotated_types import Interval
 from gymnasium.vector import AutoresetMode, VectorEnv
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
 
 from common import stop
 from common.checkpoint import trainer_file
@@ -302,6 +304,14 @@ def load(run: Run, state: dict, groups: list, carry: torch.Tensor, scaler) -> li
         for name, value in vars(group.episodes).items():
             value[:] = arrays[name][group.rows]
     return groups
+
+
+def load_weights(agent: torch.nn.Module, folder: Path) -> None:
+    """The agent's weights and statistics from model.safetensors. Another agent's end in one line."""
+    try:
+        agent.load_state_dict(load_tensors(folder / "model.safetensors"))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        fail(f"'{folder / 'model.safetensors'}' does not hold this policy: {str(error)[:200]}")
 
 
 def close(groups: list, *others: VectorEnv | None) -> None:
