@@ -647,9 +647,7 @@ def train(run: Run, args: Args) -> None:
         for group in loaded:
             group.observe(group.envs.observe(), args)
         groups = loaded or make_groups(args, world, pool, run.first)
-        if state.get("owed"):
-            run.write(run.first, measure(run, run.first, act, eval_envs, state, args))
-            run.settle(run.first)
+        sim.make_up(run, state, lambda: measure(run, run.first, act, eval_envs, state, args))
     else:
         idle = evaluate(do_nothing(space), eval_envs, args) if world.main else {}
         state["base"] = {key.replace("eval/", "baseline/"): value for key, value in idle.items()}
@@ -700,9 +698,7 @@ def train(run: Run, args: Args) -> None:
             "time/train_s": state["train_s"],
             "time/SPS": run.unit / run.seconds.total(),
         }
-        if not metrics["losses/first_ratio_error"] <= 1e-3:
-            off = f"before any update the ratio is off by {metrics['losses/first_ratio_error']:.1e}"
-            run.warn(step + 1, {"ratio": f"{off}: rollout and update do not compute the same policy"})
+        sim.check_first_ratio(run, step + 1, metrics, 1e-3)
 
         # ---- 5. evaluate, film, save, stop ----
         if run.due(step + 1, args.eval_every):
@@ -710,7 +706,8 @@ def train(run: Run, args: Args) -> None:
         if run.due(step + 1, args.video_every):
             videos.film(step + 1, record_video, act, args)
         shown = {"success": metrics.get("charts/success_rate"), "ret": metrics.get("charts/episodic_return")}
-        run.end_step(step + 1, metrics, state, optimizer, write, **shown, eval=state["last"].get("eval/success_rate"))
+        shown["eval"], line = state["last"].get("eval/success_rate"), sim.line_of(metrics, state)
+        run.end_step(step + 1, line, state, optimizer, write, **shown)
     sim.close(groups, eval_envs)
     run.finish(sim.outcome(run, state, "doing nothing"))
 

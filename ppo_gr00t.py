@@ -849,9 +849,7 @@ def train(run: Run, args: Args, interface: Interface) -> None:
     if run.checkpoint:
         for group in sim.load(run, state, groups, carry, scaler):
             group.observe(args)
-        if state.get("owed"):
-            run.write(run.first, measure(run, run.first, act, eval_envs, state, args))
-            run.settle(run.first)
+        sim.make_up(run, state, lambda: measure(run, run.first, act, eval_envs, state, args))
     else:
         run.say(
             f"{args.env_id}: {args.num_envs} environments x {args.num_steps} chunks of {args.execute_steps} = "
@@ -912,9 +910,7 @@ def train(run: Run, args: Args, interface: Interface) -> None:
         }
         if world.device.type == "cuda":
             metrics["time/memory_gb"] = torch.cuda.max_memory_allocated(world.device) / 1e9
-        if not metrics.get("losses/first_ratio_error", 0.0) <= (1e-3 if args.amp == "off" else 0.1):
-            off = f"before any update the ratio is off by {metrics['losses/first_ratio_error']:.1e}"
-            run.warn(step + 1, {"ratio": f"{off}: rollout and update do not compute the same policy"})
+        sim.check_first_ratio(run, step + 1, metrics, 1e-3 if args.amp == "off" else 0.1)
 
         # ---- 5. evaluate, film, save, stop ----
         if run.due(step + 1, args.eval_every):
@@ -922,7 +918,8 @@ def train(run: Run, args: Args, interface: Interface) -> None:
         if run.due(step + 1, args.video_every):
             videos.film(step + 1, record_video, act, args)
         shown = {"success": metrics.get("charts/success_rate"), "ret": metrics.get("charts/episodic_return")}
-        run.end_step(step + 1, metrics, state, optimizer, write, **shown, eval=state["last"].get("eval/success_rate"))
+        shown["eval"], line = state["last"].get("eval/success_rate"), sim.line_of(metrics, state)
+        run.end_step(step + 1, line, state, optimizer, write, **shown)
     sim.close(groups, eval_envs)
     run.finish(sim.outcome(run, state, "starting policy"))
 

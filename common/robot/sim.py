@@ -23,8 +23,9 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 
 from common import stop
-from common.checkpoint import trainer_file
+from common.checkpoint import replace_file, trainer_file
 from common.cli import Count, Natural, Share, Threads, fail
+from common.log import lines_until
 from common.parallel import World, cores
 from common.robot import fetch, spaces
 from common.run import Run, RunArgs
@@ -177,6 +178,31 @@ def unless_stopped(run: Run, step: int, state: dict, evaluation: Callable[[Calla
         state["owed"] = False
     (state["owed"],) = run.world.any(state["owed"])
     return found
+
+
+def make_up(run: Run, state: dict, measure: Callable[[], dict]) -> None:
+    """The evaluation that a signal kept from the step that is resumed, and the line that waits for it: `line_of`."""
+    if line := state.pop("owed", False):
+        path = run.folder / "metrics.jsonl"
+        if run.world.main:  # resumed before, it was stopped before its next checkpoint
+            replace_file(path, "".join(lines_until(path, run.first * run.unit - 1)))
+        run.write(run.first, line | measure())
+        run.settle(run.first)
+
+
+def line_of(metrics: dict, state: dict) -> dict:
+    """A step's metrics, or nothing yet where its evaluation is owed: they wait for it in the state."""
+    if not state.get("owed"):
+        return metrics
+    state["owed"] = metrics
+    return {}
+
+
+def check_first_ratio(run: Run, step: int, metrics: dict, most: float) -> None:
+    """Before any update w = 1: rollout and update compute the same policy, or the run says by how much they do not."""
+    if not metrics.get("losses/first_ratio_error", 0.0) <= most:
+        off = f"before any update the ratio is off by {metrics['losses/first_ratio_error']:.1e}"
+        run.warn(step, {"ratio": f"{off}: rollout and update do not compute the same policy"})
 
 
 class Episodes:
