@@ -7,6 +7,7 @@ runs on a data set made here: two robots' worth of joints, a moving square on vi
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from common.robot import demonstrations, lerobot, transforms
 from common.robot.data_configs import DATA_CONFIGS, DataConfig, check_keys, find_data_config, modes
 from common.robot.demonstrations import Demonstrations
 from common.robot.gr00t_n15 import GR00TConfig
+from common.robot.report import describe
 from common.streams import stream
 from gr00t_finetune import Args, Order, Plan, Samples
 
@@ -855,3 +857,18 @@ def test_hub_names_without_a_network_end_in_one_line(capsys):
         with pytest.raises(SystemExit):
             lerobot.find_folder(name)
         assert "assets/fetch_demos" in capsys.readouterr().err
+
+
+def test_what_a_run_leaves_out_is_told(rows_only, tmp_path):
+    """A single episode has nothing to be evaluated on; a state of more than 64 numbers is cut."""
+    model, run = torch.nn.Linear(1, 1), SimpleNamespace(world=WORLD, folder=tmp_path)
+    one = write_set(tmp_path / "one", lengths=(9,), video=False)
+    path = one / "meta/modality.json"
+    keys = {f"copy{i}": {"start": 0, "end": 8} for i in range(9)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"state": keys}))
+    wide, told = g.replace(BLIND, state=modes("min_max", *keys)), []
+    for folder, config in ((rows_only, BLIND), (one, wide)):
+        data, args = load(folder, config)
+        told.append(describe(model, data, g.hold_out(data, args), args, run))
+    assert "held out (" not in told[0] and "cut" not in told[0]
+    assert "no episode is held out" in told[1] and "the state has 72 numbers, the model takes 64" in told[1]

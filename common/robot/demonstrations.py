@@ -167,6 +167,8 @@ class Demonstrations:
         self.action = pad(action, ACTION_DIM).astype(np.float32)  # (N, 32)
         states = [self.interface.state(raw_columns(episodes, "state", config)) for episodes in sets]
         self.state = np.concatenate(states)  # (N, 64) float32
+        one = {key: x[:1] for key, x in raw_columns(sets[0], "state", config).items()}
+        self.state_dims = encode("state", one, config, metadata).shape[1]  # the model takes the first 64
         # what a relative action (absolute: false) is past the episode's end: the code of 0
         zeros = {key: np.zeros(metadata["modalities"]["action"][key]["shape"]) for key in config.action}
         with np.errstate(invalid="ignore"):

@@ -14,7 +14,7 @@ import torch
 from common.parallel import World
 from common.robot.demonstrations import Demonstrations, Split
 from common.robot.gr00t_n15 import GR00T
-from common.robot.transforms import ACTION_DIM
+from common.robot.transforms import ACTION_DIM, STATE_DIM
 from common.run import Run
 
 TIME_BINS = 4
@@ -64,6 +64,16 @@ def describe(model: GR00T, data: Demonstrations, held: Split, args, run: Run) ->
     """The arithmetic of a run, before it begins."""
     micro_batches, whole = run.world.size * args.gradient_accumulation_steps, args.max_steps * args.batch_size
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    notes = ""
+    if not held.val_episodes:
+        notes += (
+            "\nno episode is held out (a single one, or --val-episodes 0): no validation loss, no evaluation at the end"
+        )
+    if data.state_dims > STATE_DIM:
+        notes += (
+            f"\nthe state has {data.state_dims} numbers, the model takes {STATE_DIM}: the last ones are cut, as in the "
+        )
+        notes += "reference; name fewer keys in a data config of your own"
     return (
         f"{', '.join(e.path.name for e in data.sets)} as {args.data_config}/{args.embodiment_tag}: {len(held.rows):,} "
         f"of {len(data.end):,} frames to train on, {len(held.val_episodes)} episodes held out, "
@@ -71,7 +81,7 @@ def describe(model: GR00T, data: Demonstrations, held: Split, args, run: Run) ->
         f"{sum(p.numel() for p in model.parameters()):,} parameters train; batch {args.batch_size} = {run.world.size} "
         f"process(es) x {args.gradient_accumulation_steps} micro-batch(es) x {args.batch_size // micro_batches}, "
         f"{args.max_steps} steps = {whole / len(held.rows):.1f} epochs, lr {args.learning_rate:g}, amp {args.amp}; log "
-        f"{run.folder}"
+        f"{run.folder}{notes}"
     )
 
 
