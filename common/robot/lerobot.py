@@ -36,66 +36,31 @@ COLUMNS = {"state": "observation.state", "action": "action"}  # where a key is u
 
 # ---- what the meta files say -----------------------------------------------------------------------------------------
 
-STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 ROTATION = r"^(quaternion|axis_angle|rotation_6d|matrix|euler_angles_(rpy|ryp|pry|pyr|yrp|ypr))$"
 
 
-class Feature(TypedDict):
-    __pydantic_config__ = STRICT
-    dtype: Text
-    shape: list[Natural]
-    names: NotRequired[Any]
-    info: NotRequired[Object | None]
-    video_info: NotRequired[Object | None]
+def schema(**fields: Any):
+    """The type of an object with these fields, and others that are not looked at."""
+    found = TypedDict("Object", fields)
+    found.__pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
+    return found
 
 
-class Info(TypedDict):
-    __pydantic_config__ = STRICT
-    codebase_version: Text
-    features: dict[Text, Feature]
-    data_path: Text
-    chunks_size: Count
-    video_path: NotRequired[Text | None]
-    fps: NotRequired[Positive]
-    robot_type: NotRequired[str | None]
-    discarded_episode_indices: NotRequired[list[Natural] | None]
-
-
-class Listed(TypedDict):
-    __pydantic_config__ = STRICT
-    episode_index: Natural
-    length: Count
-
-
-class Task(TypedDict):
-    __pydantic_config__ = STRICT
-    task_index: Natural
-    task: str
-
-
-class Part(TypedDict):
-    """A key of modality.json: some numbers of a column."""
-
-    __pydantic_config__ = STRICT
-    start: Natural
-    end: Count
-    original_key: NotRequired[Text]
-    absolute: NotRequired[bool]
-    rotation_type: NotRequired[Annotated[str, StringConstraints(pattern=ROTATION)] | None]
-    dtype: NotRequired[Text]
-
-
-class Renamed(TypedDict):
-    __pydantic_config__ = STRICT
-    original_key: NotRequired[Text]
-
-
-class Modality(TypedDict):
-    __pydantic_config__ = STRICT
-    state: dict[Text, Part]
-    action: dict[Text, Part]
-    video: NotRequired[dict[Text, Renamed]]
-    annotation: NotRequired[dict[Text, Renamed]]
+Maybe = NotRequired[Object | None]
+Feature = schema(dtype=Text, shape=list[Natural], names=NotRequired[Any], info=Maybe, video_info=Maybe)
+Info = schema(
+    **dict(codebase_version=Text, features=dict[Text, Feature], data_path=Text, chunks_size=Count),
+    **dict(video_path=NotRequired[Text | None], fps=NotRequired[Positive], robot_type=NotRequired[str | None]),
+    discarded_episode_indices=NotRequired[list[Natural] | None],
+)
+Listed, Task = schema(episode_index=Natural, length=Count), schema(task_index=Natural, task=str)
+Part = schema(  # a key of modality.json: some numbers of a column
+    **dict(start=Natural, end=Count, original_key=NotRequired[Text], absolute=NotRequired[bool]),
+    rotation_type=NotRequired[Annotated[str, StringConstraints(pattern=ROTATION)] | None],
+    dtype=NotRequired[Text],
+)
+Parts, Names = dict[Text, Part], NotRequired[dict[Text, schema(original_key=NotRequired[Text])]]
+Modality = schema(state=Parts, action=Parts, video=Names, annotation=Names)
 
 
 class Clip(NamedTuple):
@@ -277,12 +242,10 @@ def read_table(file: Path, names: list[str] | None = None):
         fail(f"{file} cannot be read: {error}")
 
 
-def read_rows(file: Path, schema: dict[str, Any]) -> list[dict]:
+def read_rows(file: Path, fields: dict[str, Any]) -> list[dict]:
     """Rows of a parquet file of meta/, columns of these types."""
-    row = TypedDict("Row", schema)
-    row.__pydantic_config__ = STRICT
     try:
-        return TypeAdapter(list[row]).validate_python(read_table(file, list(schema)).to_pylist())
+        return TypeAdapter(list[schema(**fields)]).validate_python(read_table(file, list(fields)).to_pylist())
     except ValidationError as error:
         fail(f"{file}: {in_words(error)}; {HINT}")
 
@@ -292,13 +255,10 @@ def read_index(path: Path, info: dict, say: Callable[[str], None] = print) -> li
     cameras = [name for name, feature in info["features"].items() if feature["dtype"] == "video"]
     cameras, found = cameras if info.get("video_path") else [], []
     if merged_files(info):
-        schema: dict[str, Any] = {"episode_index": Natural, "length": Count}
-        parts = ["data", *(f"videos/{name}" for name in cameras)]
-        for part in parts:
-            schema |= {f"{part}/chunk_index": Natural, f"{part}/file_index": Natural}
-        for name in cameras:
-            schema |= {f"videos/{name}/from_timestamp": NonNegative, f"videos/{name}/to_timestamp": NonNegative}
-        for row in chain(*(read_rows(file, schema) for file in sorted(path.glob("meta/episodes/*/*.parquet")))):
+        fields, parts = {"episode_index": Natural, "length": Count}, ["data", *(f"videos/{name}" for name in cameras)]
+        fields |= {f"{part}/{n}": Natural for part in parts for n in ("chunk_index", "file_index")}
+        fields |= {f"{part}/{n}": NonNegative for part in parts[1:] for n in ("from_timestamp", "to_timestamp")}
+        for row in chain(*(read_rows(file, fields) for file in sorted(path.glob("meta/episodes/*/*.parquet")))):
             places = {part: {n: row[f"{part}/{n}"] for n in ("chunk_index", "file_index")} for part in parts}
             clips = {}
             for name in cameras:
