@@ -868,7 +868,7 @@ def test_what_a_run_leaves_out_is_told(rows_only, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"state": keys}))
     wide, told = g.replace(BLIND, state=modes("min_max", *keys)), []
     for folder, config in ((rows_only, BLIND), (one, wide)):
-        data, args = load(folder, config)
+        data, args = load(folder, config, learning_rate=1e-3)
         told.append(describe(model, data, g.hold_out(data, args), args, run))
     assert "held out (" not in told[0] and "cut" not in told[0]
     assert "no episode is held out" in told[1] and "the state has 72 numbers, the model takes 64" in told[1]

@@ -248,12 +248,18 @@ def test_a_run_does_not_tell_v2_from_v3(tmp_path, monkeypatch):
     assert found[0] == found[1] and len(found[0]) >= 2
 
 
-def test_lerobots_reader_agrees(three):
+@shared
+def test_lerobots_reader_agrees(tmp_path):
     reader = pytest.importorskip("lerobot.datasets.lerobot_dataset", reason="lerobot is not installed")
-    theirs, ours = reader.LeRobotDataset("a/b", root=three), read(three)
+    theirs = reader.LeRobotDataset("nobody/fetch", root=V30, video_backend="pyav")
+    ours = lerobot.read_episodes(V30, "human.task_description", lambda text: None)
+    (path,) = cache_frames(ours, ["front"], list(range(120)), tmp_path, 0)
     assert theirs.num_frames == ours.starts[-1]
-    for row in (0, 7, 20, 38):
-        assert np.allclose(theirs[row]["action"].numpy(), ours.columns["action"][row])
+    for row in (0, 16, 17, 2000, 3010, 3011, 3012, 3458):  # the second video begins at row 3011
+        item, shot = theirs[row], np.load(path, mmap_mode="r")[row]
+        assert (item["action"].numpy() == ours.columns["action"][row]).all()
+        assert item["task"] == ours.tasks[int(ours.columns["task_index"][row, 0])]
+        assert (np.abs(255 * item["observation.images.front"].permute(1, 2, 0).numpy() - shot) <= 1).all()
 
 
 # ---- what does not fit -----------------------------------------------------------------------------------------------
