@@ -28,7 +28,6 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,23 +37,21 @@ import numpy as np
 import torch
 import tyro
 from annotated_types import Interval
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from common.checkpoint import trainer_file
 from common.cli import Count, Name, Natural, NonNegative, Partial, Positive, Text, Threads, fail, parse
 from common.parallel import World, clip_gradients, shard, sum_gradients
 from common.robot.data_configs import find_data_config
-from common.robot.demonstrations import Demonstrations, Split, make_metadata, prepared, read_mixture
+from common.robot.demonstrations import Demonstrations, Split, check_units, make_metadata, prepared, read_mixture
 from common.robot.fetch import FetchVec
 from common.robot.fetch_robot import INSTRUCTIONS, FetchRobot, misfit
 from common.robot.gr00t_n15 import EMBODIMENTS, GR00T, GR00TConfig
 from common.robot.lerobot import Episodes, find_folder, read_info, read_modality
 from common.robot.lora import LoRALinear, load_adapters
-from common.robot.policy import GR00TArgs, Stored, model_tokenizer, read_stored, save_policy, trained_parts
+from common.robot.policy import About, GR00TArgs, Policy, Stored, read_stored, save_policy, trained_parts
 from common.robot.report import Tally, describe, draw_open_loop, in_words, open_loop_tables
-from common.robot.transforms import ACTION_DIM, HORIZON, pixel_values
+from common.robot.transforms import ACTION_DIM, HORIZON, to_device
 from common.robot.video import no_renderer
 from common.run import FREE, Run, RunArgs
 from common.stats import wilson
@@ -158,8 +155,11 @@ FRESH = {"tiny": partial(GR00TConfig.tiny, patch_size=16), "lite": GR00TConfig.l
 
 def resolve(args: Args) -> Args:
     """Fills in what depends on the model and, in an evaluation, on the checkpoint."""
-    old = read_stored(args.model_path).args if args.eval_only and args.model_path not in FRESH else {}
-    for name in ("dataset_path", "data_config", "embodiment_tag", "val_episodes", "batch_size"):
+    old = {}
+    if args.eval_only and args.model_path not in FRESH:
+        stored = read_stored(args.model_path)
+        old = stored.args | ({"embodiment_tag": stored.about.embodiment_tag} if stored.about else {})
+    for name in ("dataset_path", "embodiment_tag", "val_episodes", "batch_size"):
         if getattr(args, name) is None and old.get(name) is not None:
             args = replace(args, **{name: tuple(old[name]) if isinstance(old[name], list) else old[name]})
     fastest = "bf16" if torch.cuda.is_available() and args.device != "cpu" else "off"
@@ -209,21 +209,34 @@ def set_weights(sets: list[Episodes], args: Args) -> np.ndarray:
     return sizes / sizes.sum() if args.balance_dataset_weights else np.full(len(sets), 1 / len(sets))
 
 
-def read_data(args: Args, stored: Stored, say=print) -> tuple[Args, Demonstrations, dict]:
-    """Reads and checks everything but frames. Returns args with the data config named, and the metadata to save."""
-    folders = [find_folder(path) for path in args.dataset_path]
+def read_data(args: Args, stored: Stored, say=print, trained: bool = False) -> tuple[Args, Demonstrations, dict]:
+    """Reads and checks everything but frames. Returns args with the data config named, and the metadata to save.
+
+    trained: the checkpoint knows how to see and act, in which units; the flags and the data set have to agree with it.
+    """
+    folders, tag = [find_folder(path) for path in args.dataset_path], args.embodiment_tag
     info = read_info(folders[0])
-    default = "fetch" if info.get("robot_type") == "fetch" else "fourier_gr1_arms_only"
-    args = replace(args, data_config=args.data_config or default)
-    config = find_data_config(args.data_config, read_modality(folders[0], info, lambda text: None))
-    if args.model_path == "lite" or not stored.sees:
-        config = replace(config, video=())
-    sets, tag = read_mixture(folders, config, args.data_config, say), args.embodiment_tag
-    if args.eval_only:
-        metadata = stored.embodiment(tag, config)
+    modality = read_modality(folders[0], info, lambda text: None)
+    if trained:
+        about = stored.acts(args.data_config, tag, args.tokenizer, modality)
+        if not stored.about:  # an older folder: the flags say it
+            about = about.model_copy(update=dict(cache_side=args.cache_side, prompt_form=args.prompt_form))
+        elif args.prompt_form != Args.prompt_form:
+            about = about.model_copy(update=dict(prompt_form=args.prompt_form))
+        sets = read_mixture(folders, about.data_config, f"checkpoint '{stored.source}'", say)
+        metadata = stored.embodiment(tag, about.data_config)
+        check_units(sets, about.data_config, metadata, stored.source)
     else:
+        name = args.data_config or ("fetch" if info.get("robot_type") == "fetch" else "fourier_gr1_arms_only")
+        config = find_data_config(name, modality)
+        if args.model_path == "lite" or not stored.sees:
+            config = replace(config, video=())
+        sets = read_mixture(folders, config, name, say)
         metadata = make_metadata(sets, config, set_weights(sets, args), tag)
-    return args, Demonstrations(sets, config, metadata, EMBODIMENTS[tag]), stored.metadata | {tag: metadata}
+        said = dict(cache_side=args.cache_side, prompt_form=args.prompt_form, tokenizer=args.tokenizer)
+        about = About(name=name, data_config=config, embodiment_tag=tag, fps=info.get("fps"), **said)
+    data = Demonstrations(sets, about.data_config, metadata, EMBODIMENTS[tag], about)
+    return replace(args, data_config=about.name), data, stored.metadata | {tag: metadata}
 
 
 def validation_episodes(count: int, held_out: int | None) -> list[int]:
@@ -317,14 +330,18 @@ def plans(order: Order, data: Demonstrations, args: Args, world: World, first: i
             yield Plan(rows[part], draws[part], seed=args.seed, **shared)
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    if "images" in batch:
-        batch["eagle_pixel_values"] = pixel_values(batch.pop("images"))
-    return batch
-
-
 # ---- 3. Model --------------------------------------------------------------------------------------------------------
+
+
+def plan_model(args: Args, source: Path | None) -> GR00TConfig:
+    """What will be loaded, or made (source: None). What is wrong with its files or the flags ends the program here."""
+    if source:
+        model, _ = GR00T.plan(source, attn_implementation=args.attn_implementation)
+    else:
+        with torch.device("meta"):
+            model = GR00T(FRESH[args.model_path](), args.attn_implementation)
+    trained_parts(model, args)
+    return model.config
 
 
 def load_model(args: Args, stored: Stored, run: Run) -> tuple[GR00T, dict[str, LoRALinear]]:
@@ -336,7 +353,7 @@ def load_model(args: Args, stored: Stored, run: Run) -> tuple[GR00T, dict[str, L
     else:
         frozen = not (args.tune_llm or args.tune_visual)
         model = GR00T.from_pretrained(
-            run.checkpoint or stored.folder,
+            stored.folder,
             device=run.world.device,
             backbone_dtype=torch.bfloat16 if args.amp == "bf16" and frozen else torch.float32,
             mask_padding=args.mask_padding or None,
@@ -511,22 +528,16 @@ def pieces(x: np.ndarray, size: int) -> list[np.ndarray]:
     return np.split(x, range(size, len(x), size))
 
 
-@torch.no_grad()
-def predict_chunks(model: GR00T, batches: Iterable[dict], args: Args, num_steps: int) -> Tensor:
-    """The policy's 16 actions (B, 16, 32) for every observation, in model units, from the noise in the batches."""
-    model.eval()
-    chunks = []
-    for batch in batches:
-        batch = to_device(batch, model.device)
-        with autocast(args, model.device):
-            chunks.append(sample_actions(model, batch, batch["noise"], num_steps).cpu())
-    return torch.cat(chunks)
+def policy_of(model: GR00T, samples: Samples, args: Args) -> Policy:
+    """The policy as it is measured: observations to actions as everywhere, by this file's sampler."""
+    return Policy(model, samples.data.interface, sample_actions, args.denoising_steps, args.amp == "bf16")
 
 
 def predict_rows(model: GR00T, samples: Samples, rows: np.ndarray, args: Args, num_steps: int) -> np.ndarray:
-    """The same for recorded rows; the noise depends on the row alone."""
+    """The policy's 16 actions (B, 16, 32) for recorded rows, in model units; the noise depends on the row alone."""
+    policy = policy_of(model, samples, args)
     batches = (samples[Plan(part, part, "open loop")] for part in pieces(rows, args.batch_size))
-    return predict_chunks(model, batches, args, num_steps).numpy()
+    return torch.cat([policy.chunk(batch, batch["noise"], num_steps) for batch in batches]).numpy()
 
 
 def open_loop(model: GR00T, samples: Samples, held: Split, args: Args, num_steps: int) -> list[dict]:
@@ -597,6 +608,7 @@ def closed_loop(model: GR00T, samples: Samples, env_id: str, args: Args) -> dict
     Success is that of the last step; `once` counts episodes that were at the goal after any step.
     """
     n, robot = args.closed_loop_episodes, FetchRobot(samples.data.interface, env_id)
+    policy = policy_of(model, samples, args)
     envs = FetchVec(env_id, n)
     obs, _ = envs.reset(seed=0)
     once, final = np.zeros(n, bool), np.zeros(n, bool)
@@ -604,11 +616,14 @@ def closed_loop(model: GR00T, samples: Samples, env_id: str, args: Args) -> dict
         if step % args.execute_steps == 0:
             rngs = [stream(EVALUATION, "closed loop", step, i) for i in range(n)]
             noise = np.stack([rng.standard_normal((HORIZON, ACTION_DIM), dtype=np.float32) for rng in rngs])
-            noises = torch.from_numpy(noise).split(args.batch_size)
-            looks = robot.look(envs, obs, args.batch_size)
-            batches = (batch | {"noise": some} for batch, some in zip(looks, noises))
-            chunks = predict_chunks(model, batches, args, args.denoising_steps)
-            actions = robot.actions(chunks, args.execute_steps)  # (N, execute_steps, 4)
+            arrays, parts = envs.get_state()[0], []
+            look = robot.observation(obs, arrays["physics"], arrays["goal"])
+            for first in range(0, n, args.batch_size):
+                part = slice(first, first + args.batch_size)
+                batch = policy.interface.see({key: value[part] for key, value in look.items()})
+                chunk = policy.chunk(batch, torch.from_numpy(noise[part]))
+                parts.append(robot.actions(chunk, args.execute_steps))
+            actions = np.concatenate(parts)  # (N, execute_steps, 4)
         obs, _, _, dones, infos = envs.step(actions[:, step % args.execute_steps])
         final = infos["final_info"]["is_success"].astype(bool) if dones.all() else infos["is_success"].astype(bool)
         once |= final
@@ -672,7 +687,7 @@ def train(model: GR00T, adapters: dict, samples: Samples, held: Split, metadata:
         fail(f"--resume needs the data of the run: it had {state['rows']} rows, this has {len(data.end)}")
     if run.checkpoint:
         if adapters:
-            load_adapters(adapters, load_file(trainer_file(run.checkpoint, "lora.safetensors")))
+            load_adapters(adapters, run.checkpoint)
         if world.main:  # what was summed up since the last line of metrics
             tally.load(state["sums"])
     else:
@@ -686,7 +701,7 @@ def train(model: GR00T, adapters: dict, samples: Samples, held: Split, metadata:
     spent = Counter()  # seconds since the last line of metrics
 
     def write(folder: Path | None) -> dict:
-        save_policy(folder, model, adapters, metadata)
+        save_policy(folder, model, adapters, metadata, data.interface.about)
         return {"sums": tally.sums(world)}
 
     for step in run.steps(args.max_steps):
@@ -734,25 +749,27 @@ def train(model: GR00T, adapters: dict, samples: Samples, held: Split, metadata:
 
 
 def main(args: Args) -> None:
-    run = Run(__file__, args, FREE | {"num_workers", "cache_dir"})
+    run = Run(__file__, args, FREE | {"num_workers", "cache_dir", "data_config"})
     args = resolve(run.args)
     check(args, run.world)
     if args.amp == "bf16":  # what autocast leaves in fp32, such as rotary angles, is to be exact
         torch.set_float32_matmul_precision("highest")
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
-    # everything about the data that can be wrong is found before a model is loaded or a folder is made
-    stored = Stored(args.model_path) if args.model_path in FRESH else read_stored(args.model_path)
-    args, data, metadata = read_data(args, stored, print if run.world.main else lambda text: None)
-    held = hold_out(data, args)
+    # everything that can be wrong with data, checkpoint and tokenizer is found before a model is loaded or a run folder
+    # made; what a run is resumed with is its checkpoint's
+    source = run.checkpoint or (None if args.model_path in FRESH else args.model_path)
+    stored = read_stored(str(source)) if source else Stored(args.model_path)
+    say = print if run.world.main else lambda text: None
+    args, data, metadata = read_data(args, stored, say, trained=args.eval_only or bool(run.checkpoint))
+    held, interface = hold_out(data, args), data.interface
+    interface.fit(plan_model(args, stored.folder), data.instructions)
+    if data.config.video:
+        used = held.val_episodes if args.eval_only else held.val_episodes + held.episodes
+        cache_dir = Path(args.cache_dir or f"{args.output_dir}/frame_cache")
+        data.open_frames(used, cache_dir, interface.about.cache_side, run.world)
     with run.open(args):
         model, adapters = load_model(args, stored, run)
-        tokenizer = model_tokenizer(model.config, args.tokenizer)
-        data.interface.prepare(model.config, tokenizer, data.instructions, args.prompt_form)
-        if data.config.video:
-            used = held.val_episodes if args.eval_only else held.val_episodes + held.episodes
-            cache_dir = Path(args.cache_dir or f"{args.output_dir}/frame_cache")
-            data.open_frames(used, cache_dir, args.cache_side, run.world)
         samples = Samples(data, model.config)
         if not args.eval_only:
             train(model, adapters, samples, held, metadata, args, run)

@@ -48,11 +48,11 @@ from common.robot.feature_cache import FeatureCache
 from common.robot.fetch_robot import Camera, FetchRobot, read_interface
 from common.robot.gr00t_n15 import GR00T
 from common.robot.lora import load_adapters
-from common.robot.policy import GR00TArgs, Interface, model_tokenizer, save_policy, trained_parts
+from common.robot.policy import GR00TArgs, Interface, save_policy, trained_parts
 from common.robot.sim import SimArgs
 from common.robot.transforms import HORIZON, pixel_values
 from common.robot.video import Videos, write_mp4
-from common.run import Run
+from common.run import FREE, Run
 from common.streams import stream_seed, torch_stream
 
 DIMS = 4  # action dims of Fetch: displacement and gripper
@@ -681,13 +681,15 @@ def play_chunk(group: Group, actions: np.ndarray, args: Args, draw=None) -> tupl
 
 def plain_flow(agent: Agent, robot: FetchRobot, args: Args):
     """The policy as it is deployed: a function from a group and the stream of x_0 to actions (n, C, 4)."""
-    c = agent.model.config
+    c, device = agent.model.config, agent.prompt.device
 
     @torch.no_grad()
     def act(group: Group, generator) -> np.ndarray:
-        look = look_at(group.obs, robot, FeatureCache(agent))[2]
-        shape = (group.envs.num_envs, c.action_horizon, c.action_dim)
-        noise = torch.randn(shape, generator=generator).to(agent.prompt.device)
+        obs, cache = group.obs, FeatureCache(agent)
+        batch = robot.interface.see(robot.observation(obs, obs["physics"], obs["desired_goal"]))
+        state = batch["state"][:, 0].to(device)
+        look = cache.look(cache.add(batch.get("images"), len(state)), state)
+        noise = torch.randn(len(state), c.action_horizon, c.action_dim, generator=generator).to(device)
         return robot.actions(ode_actions(agent, look, noise, args), args.execute_steps)
 
     return act
@@ -772,8 +774,6 @@ def check(args: Args, world: World) -> None:
     for name, sampler in (("noisy_step", "flow-sde"), ("noise_range", "flow-noise"), ("ent_coef", "flow-noise")):
         if getattr(args, name) != getattr(Args, name) and args.sampler != sampler:
             fail(f"{flag(name)} is read by --sampler {sampler} alone, not by {args.sampler}: drop it")
-    if args.lora_full_model and not args.lora_rank:
-        fail("--lora-full-model needs --lora-rank")
     if args.eval_only and not args.model_path:
         fail("--eval-only measures the policy of --model-path: give a run folder")
 
@@ -799,16 +799,13 @@ def load_agent(args: Args, interface: Interface, run: Run) -> tuple[Agent, Fetch
     model = GR00T.from_pretrained(
         args.model_path, device=device, attn_implementation=args.attn_implementation, backbone_dtype=dtype
     )
-    robot = FetchRobot(interface, args.env_id)
-    interface.prepare(model.config, model_tokenizer(model.config, args.tokenizer), [robot.instruction])
-    adapters = trained_parts(model, args)
+    robot, adapters = FetchRobot(interface, args.env_id), trained_parts(model, args)
     model.eval()  # dropout is off everywhere and always, or old and new policy would differ by it
-    prompt = torch.from_numpy(interface.prompts[robot.instruction])[None]
+    prompt = torch.from_numpy(interface.tokens(robot.instruction))[None]
     agent = Agent(model, interface.embodiment, prompt, args).to(device)
     if run.checkpoint:
         agent.load_state_dict(agent.state_dict() | load_file(trainer_file(run.checkpoint, "agent.safetensors")))
-        if adapters:
-            load_adapters(adapters, load_file(trainer_file(run.checkpoint, "lora.safetensors")))
+        load_adapters(adapters, run.checkpoint)
     return agent, robot, adapters
 
 
@@ -821,16 +818,13 @@ def train(run: Run, args: Args, interface: Interface) -> None:
     eval_envs = make_envs(args, args.eval_episodes, pool) if world.main else None
     agent, robot, adapters = load_agent(args, interface, run)
     act, videos = plain_flow(agent, robot, args), Videos(run, args.capture_video)
-    state = {"args": {"data_config": args.data_config, "embodiment_tag": args.embodiment_tag}}  # see `read_interface`
-    state |= {"steps": 0, "train_s": 0.0, "streak": 0, "base": {}, "last": {}, "recent": []}
+    state = {"steps": 0, "train_s": 0.0, "streak": 0, "base": {}, "last": {}, "recent": []}
     if args.eval_only:
         run.write(0, measure(run, 0, act, eval_envs, state, args))
         videos.film(0, record_video, act, args)
         run.say("\n".join(f"{name:28s} {value:.4f}" for name, value in state["last"].items()))
         return
-    actor = [p for p in agent.model.parameters() if p.requires_grad]
-    if not actor:
-        fail("nothing of the policy trains; leave --tune-projector or --tune-diffusion-model on")
+    actor = [p for p in agent.model.parameters() if p.requires_grad]  # never none: the VL part has no flag
     actor += agent.noise_net.parameters() if agent.noise_net else []
     critic = [*agent.critic.parameters(), *agent.critic_head.parameters()]
     rates = [args.learning_rate, args.critic_learning_rate]
@@ -839,7 +833,7 @@ def train(run: Run, args: Args, interface: Interface) -> None:
     carry = torch.zeros(args.num_envs // world.size, dtype=torch.float64, device=world.device)  # for `sim.returns_of`
 
     def write(folder: Path | None) -> dict:
-        save_policy(folder, agent.model, adapters, {args.embodiment_tag: interface.metadata})
+        save_policy(folder, agent.model, adapters, {args.embodiment_tag: interface.metadata}, interface.about)
         if folder:
             rest = {k: v.contiguous() for k, v in agent.state_dict().items() if not k.startswith("model.")}
             save_file(rest, trainer_file(folder, "agent.safetensors"))
@@ -925,7 +919,7 @@ def train(run: Run, args: Args, interface: Interface) -> None:
 
 
 def main(args: Args) -> None:
-    run = Run(__file__, args)
+    run = Run(__file__, args, FREE | {"data_config"})  # with --resume it is the checkpoint's
     args, interface = resolve(run.args), None
     check(args, run.world)
     sim.set_up_torch(args)

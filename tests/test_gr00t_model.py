@@ -556,6 +556,18 @@ def shard(folder):
     return sorted(folder.glob("model-*.safetensors"))[1]
 
 
+def head_config(**changes):
+    return lambda folder: edit_config(folder, lambda c: c["action_head_cfg"].update(changes))
+
+
+def edit_index(folder, change):
+    """An index that names other files; beside the folder lies a file that a careless reader would open."""
+    shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
+    published_folder(folder)
+    named = lambda index: {"weight_map": {key: change(file) for key, file in index["weight_map"].items()}}  # noqa: E731
+    edit_config(folder, lambda index: index.update(named(index)), "model.safetensors.index.json")
+
+
 FUTURE = "action_head.future_tokens.weight"
 FAULTS = {  # how a folder is damaged -> what the one line must say
     "missing tensors": (
@@ -601,7 +613,7 @@ FAULTS = {  # how a folder is damaged -> what the one line must say
     ),
     "no config": (lambda f: (f / "config.json").unlink(), ["config.json' cannot be read"]),
     "truncated config": (lambda f: truncate(f / "config.json"), ["config.json' cannot be read"]),
-    "a list for a config": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "not a JSON object"]),
+    "a list for a config": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "must be an object"]),
     "another model": (
         lambda f: (f / "config.json").write_text('{"model_type": "qwen2"}'),
         ["not that of a GR00T N1.5 checkpoint", "action_head_cfg.max_state_dim"],
@@ -617,6 +629,40 @@ FAULTS = {  # how a folder is damaged -> what the one line must say
     "pixel shuffle": (
         lambda f: edit_config(f, lambda c: c.update(use_pixel_shuffle=True), "eagle_config.json"),
         ["use_pixel_shuffle is True, not False"],
+    ),
+    "weights elsewhere": (
+        lambda f: edit_index(f, lambda files: "../outside.safetensors"),
+        ["'../outside.safetensors'"],
+    ),
+    "weights at an absolute path": (lambda f: edit_index(f, lambda files: "/x/y.safetensors"), ["'/x/y.safetensors'"]),
+    "weights in another format": (lambda f: edit_index(f, lambda files: "pytorch_model.bin"), ["'pytorch_model.bin'"]),
+    "a list for an index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), ["index.json' cannot"]),
+    "an index of numbers": (lambda f: edit_index(f, lambda files: 3), ["index.json' cannot be read: weight_map."]),
+    "no JSON for an index": (lambda f: (f / "model.safetensors.index.json").write_text("{"), ["index.json' cannot"]),
+    "null for a config": (lambda f: (f / "config.json").write_text("null"), ["config.json' cannot be read"]),
+    "a string for the eagle": (lambda f: (f / "eagle_config.json").write_text('"x"'), ["eagle_config.json' cannot"]),
+    "words for a width": (head_config(hidden_size="wide"), ["action_head_cfg.hidden_size 'wide'"]),
+    "a list for a group": (
+        lambda f: edit_config(f, lambda c: c.update(action_head_cfg=[1])),
+        ["it has no action_head"],
+    ),
+    "a dropout of NaN": (
+        lambda f: edit_config(f, lambda c: c["action_head_cfg"]["diffusion_model_cfg"].update(dropout=float("nan"))),
+        ["diffusion_model_cfg.dropout"],
+    ),
+    "no layer": (lambda f: edit_config(f, lambda c: c["backbone_cfg"].update(select_layer=0)), ["must be at least 1"]),
+    "a billion layers": (
+        lambda f: edit_config(f, lambda c: c["action_head_cfg"]["diffusion_model_cfg"].update(num_layers=10**9)),
+        ["diffusion_model_cfg.num_layers 1000000000: must be at most 1000"],
+    ),
+    "a horizon beyond the positions": (head_config(action_horizon=65), ["max_seq_len is 64, not 65"]),
+    "heads that do not divide": (
+        lambda f: edit_config(f, lambda c: c["vision_config"].update(num_attention_heads=7), "eagle_config.json"),
+        ["no model can be built"],
+    ),
+    "a token beyond the vocabulary": (
+        lambda f: edit_config(f, lambda c: c.update(image_token_index=500), "eagle_config.json"),
+        ["image_token_index is 500, not 271"],
     ),
     "wrong sizes in config": (
         lambda f: edit_config(f, lambda c: c["action_head_cfg"].update(max_state_dim=63)),

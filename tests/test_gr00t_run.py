@@ -5,7 +5,7 @@ import json
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +16,14 @@ from conftest import ROOT, two_forks
 from safetensors.torch import load_file, save_file
 
 import gr00t_finetune as g
+import ppo_gr00t
 from common import plot
 from common.cli import parse
 from common.robot import lora, transforms
+from common.robot.data_configs import DATA_CONFIGS
 from common.robot.gr00t_n15 import GR00T, GR00TConfig
 from common.robot.lora import add_lora
-from common.robot.policy import Stored
+from common.robot.policy import Stored, read_stored
 from common.robot.report import Tally
 from gr00t_finetune import Args, flow_matching_loss, sample_actions
 
@@ -571,13 +573,17 @@ def test_the_expert_seen_through_the_policy_interface_succeeds(monkeypatch):
         (dict(fsdp=True, compile=True), "--fsdp goes with neither"),
         (dict(fsdp=True, lora_rank=4, model_path="someone/model"), "--fsdp goes with neither"),
         (dict(learning_rate="fast"), "learning-rate"),
+        (dict(lora_full_model=True), "--lora-full-model shapes adapters"),
+        (dict(lora_alpha=32), "--lora-alpha shapes adapters"),
+        (dict(lora_targets="qkvo"), "--lora-targets shapes adapters"),
+        (dict(lora_dropout=0.3), "--lora-dropout shapes adapters"),
     ],
 )
 def test_bad_flags_end_in_one_line(run, capsys, flags, message):
     code, folder = run(**(QUICK | flags))
     error = capsys.readouterr().err
     assert code == 2 and message in error and error.strip().count("\n") == 0
-    assert folder is None or not (folder / "checkpoints").exists()
+    assert folder is None
 
 
 def test_checkpoints_without_the_statistics_asked_for_are_refused(run, capsys, tmp_path):
@@ -589,6 +595,111 @@ def test_checkpoints_without_the_statistics_asked_for_are_refused(run, capsys, t
     (folder / "best/experiment_cfg/metadata.json").unlink()
     code, _ = run(**flags)
     assert code == 2 and "it has: none" in capsys.readouterr().err
+
+
+def test_another_order_of_keys_is_read_by_name_or_refused(run, tmp_path, capsys):
+    """With --data-config auto, the order in modality.json was the order of the model's numbers: MSE 42 became 801."""
+    folder = run(**QUICK | dict(max_steps=1, data_config="auto"))[1]
+    other = tmp_path / "other"
+    shutil.copytree(ROOT / "assets/fetch_demos", other, ignore=shutil.ignore_patterns("*.mp4"))
+    path = other / "meta/modality.json"
+    modality = json.loads(path.read_text())
+    for kind in ("state", "action"):
+        modality[kind] = dict(reversed(modality[kind].items()))
+    path.write_text(json.dumps(modality))
+    flags = dict(eval_only=True, model_path=str(folder), eval_trajs=1, closed_loop=False, denoising_sweep=4)
+    first, second = (metrics_of(run(**flags, dataset_path=str(where))[1])[0] for where in ("assets/fetch_demos", other))
+    assert first["eval/mse"] == second["eval/mse"]
+    capsys.readouterr()
+    assert run(**flags, dataset_path=str(other), data_config="auto")[0] == 2
+    error = capsys.readouterr().err
+    assert "is not what checkpoint" in error and "against goal_relative (min_max), goal (min_max)" in error
+    modality["state"]["fingers"]["end"] -= 1
+    path.write_text(json.dumps(modality))
+    assert run(**flags, dataset_path=str(other))[0] == 2
+    assert "state.fingers of" in (error := capsys.readouterr().err) and "shape [1]" in error and "with [2]" in error
+
+
+def test_a_folder_names_no_code(run, tmp_path, monkeypatch, capsys):
+    """module:NAME comes from the command line alone; a folder's is data, whoever wrote it."""
+    folder, mark = run(**QUICK | dict(max_steps=1))[1], tmp_path / "mark"
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil/payload.py").write_text(f"open({str(mark)!r}, 'w')\nfrom common.robot.data_configs import *\n")
+    monkeypatch.chdir(tmp_path)
+    name, last = "evil.payload:X", (folder / "last").resolve()
+    for file in (last / "trainer.json", folder / "config.json"):
+        content = json.loads(file.read_text())
+        content["args"]["data_config"] = name
+        file.write_text(json.dumps(content))
+    policy = last / "experiment_cfg/policy.json"
+    old = policy.read_text()
+    policy.write_text(json.dumps(json.loads(old) | {"name": name}))
+    evaluate = dict(eval_only=True, model_path=str(last), eval_trajs=1, closed_loop=False)
+    fetch = ppo_gr00t.resolve(ppo_gr00t.Args(model_path=str(last)))
+    assert run(**evaluate)[0] == 0 and run(resume=str(folder))[0] == 0
+    assert ppo_gr00t.read_interface(fetch)[1].config == replace(DATA_CONFIGS["fetch"], video=()) and not mark.exists()
+    policy.unlink()  # as older versions left it: the name is all that is there
+    capsys.readouterr()
+    for start in (
+        lambda: run(**evaluate)[0],
+        lambda: run(resume=str(folder))[0],
+        lambda: ppo_gr00t.read_interface(fetch),
+    ):
+        with suppress(SystemExit):
+            assert start() == 2
+        error = capsys.readouterr().err
+        assert "experiment_cfg/policy.json" in error and "--data-config" in error and error.count("\n") == 1
+    assert not mark.exists()
+    run(**evaluate, data_config=name)
+    assert mark.exists()  # who types it, means it
+
+
+@pytest.mark.parametrize("file", ["trainer.json", "experiment_cfg/metadata.json", "experiment_cfg/policy.json"])
+@pytest.mark.parametrize(
+    "content", ["[]", "null", '{"args": [], "name": 3, "gr1": 4}', '"x"', '{"args": {"val', "\x00"]
+)
+def test_what_a_folder_says_is_read_through_its_schema(lite, file, content, tmp_path, capsys):
+    lite.save_pretrained(tmp_path)
+    (tmp_path / "experiment_cfg").mkdir()
+    (tmp_path / file).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        read_stored(str(tmp_path))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and file in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "args", [{"val_episodes": "3"}, {"batch_size": 0}, {"dataset_path": [3]}, {"embodiment_tag": "../x"}]
+)
+def test_settings_of_a_folder_have_the_types_of_flags(lite, args, tmp_path, capsys):
+    lite.save_pretrained(tmp_path)
+    (tmp_path / "trainer.json").write_text(json.dumps({"args": args}))
+    with pytest.raises(SystemExit):
+        g.resolve(Args(eval_only=True, model_path=str(tmp_path)))
+    assert f"args.{next(iter(args))}" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_a_checkpoint_is_found_before_it_is_loaded(run, tmp_path, capsys, monkeypatch):
+    folder = run(**QUICK | dict(max_steps=1))[1]
+    for name in ("toy", "from_pretrained"):
+        monkeypatch.setattr(GR00T, name, lambda *a, **k: pytest.fail("a model is made before its files are checked"))
+    base = (folder / "last").resolve()
+    weights = load_file(base / "model.safetensors")
+    weights.pop("action_head.vlln.bias")
+    save_file(weights, base / "model.safetensors")
+    capsys.readouterr()
+    for flags in (
+        dict(model_path=str(base)),
+        dict(model_path=str(base), eval_only=True, closed_loop=False),
+        dict(model_path="tiny", tokenizer="someone/no-tokenizer"),
+        dict(model_path="tiny", attn_implementation="flash_attention_2"),
+        dict(resume=str(folder)),
+    ):
+        code, after = run(**flags if "resume" in flags else QUICK | flags)
+        error = capsys.readouterr().err
+        assert code == 2 and after == folder and error.strip().count("\n") == 0, error
+        if "tiny" not in flags.values():
+            assert "missing: action_head.vlln.bias" in error
 
 
 def test_other_checkpoints_and_tokenizers_are_refused(run, capsys, tmp_path):

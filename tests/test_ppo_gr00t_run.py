@@ -1,6 +1,7 @@
 """Whole runs of ppo_gr00t.py: parity with gr00t_finetune.py, chunks in the simulator, resume, what it refuses."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,9 @@ import gr00t_finetune
 import ppo_gr00t as p
 from common.cli import parse
 from common.robot import fetch
-from common.robot.fetch_robot import read_interface
+from common.robot.data_configs import DATA_CONFIGS
 from common.robot.gr00t_n15 import GR00T, GR00TConfig
-from common.robot.policy import read_stored
+from common.robot.policy import About, read_stored
 from common.robot.video import no_renderer
 from ppo_gr00t import Args
 
@@ -49,6 +50,9 @@ def policies(tmp_path_factory, fetch_metadata):
         model.save_pretrained(folders[name])
         (folders[name] / "experiment_cfg").mkdir()
         (folders[name] / "experiment_cfg" / "metadata.json").write_text(json.dumps(stored))
+        config = replace(DATA_CONFIGS["fetch"], video=("front",) if name == "tiny" else ())
+        about = About(name="fetch", data_config=config)
+        (folders[name] / "experiment_cfg" / "policy.json").write_text(about.model_dump_json())
     return folders
 
 
@@ -68,7 +72,7 @@ def run(tmp_path, monkeypatch, policies):
 
 def loaded(policy: Path, **changes):
     """Settings, agent and robot as a run has them."""
-    args, interface = read_interface(replace(p.resolve(replace(Args(), **changes)), model_path=str(policy)))
+    args, interface = p.read_interface(replace(p.resolve(replace(Args(), **changes)), model_path=str(policy)))
     agent, robot, _ = p.load_agent(args, interface, SimpleNamespace(checkpoint=None, world=WORLD))
     return args, agent, robot
 
@@ -184,7 +188,7 @@ def test_a_run_logs_what_the_page_documents_and_leaves_a_policy_that_loads(run, 
     start = GR00T.from_pretrained(policies["lite"])
     assert not torch.equal(model.action_head.action_decoder.layer2.b, start.action_head.action_decoder.layer2.b)
     assert torch.equal(model.backbone.instruction_table.weight, start.backbone.instruction_table.weight)
-    assert read_stored(str(folder / "last")).args == {"data_config": "fetch", "embodiment_tag": "new_embodiment"}
+    assert read_stored(str(folder / "last")).about == read_stored(str(policies["lite"])).about
     code, again = run(model_path=str(folder), eval_only=True, eval_episodes=2)  # a run folder is a policy, too
     best = max(rows(folder), key=lambda r: (r.get("eval/success_rate", -1), r.get("eval/episodic_return", -99)))
     if best["step"]:
@@ -244,8 +248,13 @@ def test_bad_input_ends_in_one_line(run, flags, message, capsys):
 
 
 def test_a_checkpoint_without_statistics_or_of_another_script_is_refused(run, policies, tmp_path, capsys):
-    (tmp_path / "bare").mkdir()
+    shutil.copytree(policies["lite"], tmp_path / "bare")
+    (tmp_path / "bare/experiment_cfg/policy.json").unlink()
     code, _ = run(model_path=str(tmp_path / "bare"))
+    assert code == 2 and "no experiment_cfg/policy.json" in (error := capsys.readouterr().err)
+    assert "give --data-config" in error
+    (tmp_path / "bare/experiment_cfg/metadata.json").unlink()
+    code, _ = run(model_path=str(tmp_path / "bare"), data_config="fetch")
     assert code == 2 and "no statistics" in capsys.readouterr().err
     code, folder = run(total_timesteps=40)
     trainer = folder / "last" / "trainer.json"

@@ -1,8 +1,8 @@
-"""What the robot scripts share. `GR00T` and `FetchVec` can be imported from here; each loads only what it needs."""
+"""What the robot scripts share. `GR00T`, `FetchVec`, `Policy` can be imported from here: each loads what it needs."""
 
 import importlib
 
-PLACES = {"GR00T": "gr00t_n15", "FetchVec": "fetch"}
+PLACES = {"GR00T": "gr00t_n15", "FetchVec": "fetch", "Policy": "policy"}
 
 
 def __getattr__(name: str):

@@ -7,9 +7,16 @@ this class in a module of yours, `--data-config my_module:MY_CONFIG`.
 import importlib
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal
+
+from pydantic import StringConstraints
 
 from common.cli import fail
+
+Mode = Literal["min_max", "q99", "mean_std", "binary", "scale", "sin_cos"] | None
+FORMS = "rotation_6d|axis_angle|quaternion|matrix|euler_angles_[rpy]{3}"
+Rotation = Annotated[str, StringConstraints(pattern=f"^({FORMS})$")]
 
 
 @dataclass(frozen=True)
@@ -22,10 +29,39 @@ class DataConfig:
     """
 
     video: tuple[str, ...]
-    state: dict[str, str | None]
-    action: dict[str, str | None]
+    state: dict[str, Mode]
+    action: dict[str, Mode]
     language: str
-    rotations: dict[str, str] = field(default_factory=dict)
+    rotations: dict[str, Rotation] = field(default_factory=dict)
+
+    def fault(self) -> str:
+        """What is wrong with it, whatever the data set; empty if nothing is."""
+        for kind in ("state", "action"):
+            if not getattr(self, kind):
+                return f"has no {kind}: a policy needs at least one key of it"
+            for key, mode in getattr(self, kind).items():
+                if mode not in (None, "min_max", "q99", "mean_std", "binary", "scale", "sin_cos"):
+                    return f"normalises {kind} '{key}' in an unknown way, '{mode}'"
+                if kind == "action" and mode in ("scale", "sin_cos"):
+                    return f"normalises action '{key}' by {mode}, which cannot be undone: it is for states only"
+        known = [f"{kind}.{key}" for kind in ("state", "action") for key in getattr(self, kind)]
+        stray = [name for name in self.rotations if name not in known]
+        return f"converts the rotation {stray[0]}, which it does not use" if stray else ""
+
+    def difference(self, other: "DataConfig") -> str:
+        """In which part, and how, another config differs; the order of keys counts. Empty if in none."""
+        for part in (one.name for one in fields(self)):
+            a, b = getattr(self, part), getattr(other, part)
+            if a != b or list(a) != list(b):
+                return f"{part} {shown(a)} against {shown(b)}"
+        return ""
+
+
+def shown(part) -> str:
+    """{"arm": "min_max"} -> arm (min_max)"""
+    if isinstance(part, dict):
+        return ", ".join(f"{key} ({mode or 'as recorded'})" for key, mode in part.items()) or "none"
+    return part if isinstance(part, str) else ", ".join(part) or "none"
 
 
 def modes(mode: str | None, *keys: str) -> dict[str, str | None]:
@@ -118,30 +154,28 @@ def find_data_config(name: str, modality: dict) -> DataConfig:
 
 
 def check_keys(config: DataConfig, modality: dict, where: str, name: str) -> None:
-    """Every camera, joint group and annotation of the config exists in the data set."""
-    for kind in ("state", "action"):
-        if not getattr(config, kind):
-            fail(f"--data-config {name} has no {kind}: a policy needs at least one key of it")
+    """Every camera, joint group and annotation of the config exists in the data set.
+
+    name: what asks for it, for messages: a name of --data-config, or "checkpoint '…'".
+    """
+    trained = name.startswith("checkpoint ")
+    name, cure = (name, "") if trained else (f"--data-config {name}", "; --data-config auto takes what is there")
+    if fault := config.fault():
+        fail(f"{name} {fault}")
     for kind in ("video", "state", "action"):
         if missing := [key for key in getattr(config, kind) if key not in modality[kind] and key != "task_progress"]:
-            fail(
-                f"--data-config {name} needs {kind} '{missing[0]}', but {where} has "
-                f"{', '.join(modality[kind]) or 'none'}; --data-config auto takes what is there"
-            )
+            there = ", ".join(modality[kind]) or "none"
+            fail(f"{name} needs {kind} '{missing[0]}', but {where} has {there}{cure}")
     if modality["language"] and config.language not in modality["language"]:
         fail(
-            f"--data-config {name} takes the instruction from annotation '{config.language}', but {where} has "
+            f"{name} takes the instruction from annotation '{config.language}', but {where} has "
             f"{', '.join(modality['language'])}"
         )
     for key in config.rotations:
         kind, key = key.split(".", 1)
         if modality[kind][key]["rotation_type"] is None:
-            fail(f"--data-config {name} converts the rotation {kind}.{key}: modality.json must give its rotation_type")
+            fail(f"{name} converts the rotation {kind}.{key}: modality.json must give its rotation_type")
     for kind in ("state", "action"):
         for key, mode in getattr(config, kind).items():
             if key in modality[kind] and not modality[kind][key]["continuous"] and mode not in (None, "binary"):
                 fail(f"{kind} '{key}' of {where} is not a float: it can be normalised as binary only, not {mode}")
-            if mode not in (None, "min_max", "q99", "mean_std", "binary", "scale", "sin_cos"):
-                fail(f"{kind} '{key}': unknown normalisation '{mode}'")
-            if kind == "action" and mode in ("scale", "sin_cos"):
-                fail(f"action '{key}': {mode} cannot be undone, so it is for states only")

@@ -80,6 +80,17 @@ def make_metadata(sets: list[Episodes], config: DataConfig, weights: np.ndarray,
     return {"statistics": statistics, "modalities": modalities, "embodiment_tag": tag}
 
 
+def check_units(sets: list[Episodes], config: DataConfig, metadata: dict, source: str) -> None:
+    """The config's keys mean in the data sets what they meant to the checkpoint `source`."""
+    for episodes in sets:
+        for kind in COLUMNS:
+            for key in [key for key in getattr(config, kind) if key != PROGRESS]:
+                there, here = metadata["modalities"][kind][key], meaning(episodes.modality[kind][key])
+                if wrong := [name for name in here if here[name] != there[name]]:
+                    name, a, b = wrong[0], there[wrong[0]], here[wrong[0]]
+                    fail(f"{kind}.{key} of {episodes.path} has {name} {b}, checkpoint '{source}' learnt it with {a}")
+
+
 def key_statistics(episodes: Episodes, kind: str, key: str) -> dict[str, np.ndarray]:
     """(width,) arrays: the key's part of its column's statistics."""
     entry = episodes.modality[kind][key]
@@ -135,10 +146,10 @@ class Split:
 class Demonstrations:
     """All rows of all data sets, normalised, and the open frame caches."""
 
-    def __init__(self, sets: list[Episodes], config: DataConfig, metadata: dict, embodiment: int):
+    def __init__(self, sets: list[Episodes], config: DataConfig, metadata: dict, embodiment: int, about=None):
         """metadata: statistics and description of every key of the config; embodiment: row of the embodiment layers."""
         self.sets, self.config, self.metadata = sets, config, metadata
-        self.interface = Interface(config, metadata, embodiment)
+        self.interface = Interface(config, metadata, embodiment, about)
         self.videos: list[
             tuple[np.ndarray, list[Path]]
         ] = []  # of each set: place of each row in its files, one a camera

@@ -5,7 +5,6 @@ The demonstrations are recorded in this layout, and closed loop, PPO and serving
 Dims: N environments, D = 28 state numbers, 4 action numbers, H actions of a chunk.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import gymnasium as gym
@@ -14,10 +13,10 @@ import numpy as np
 import torch
 
 from common.cli import fail
-from common.robot.data_configs import DataConfig, find_data_config
-from common.robot.fetch import FetchVec, import_robotics
-from common.robot.gr00t_n15 import EMBODIMENTS
-from common.robot.policy import Interface, read_stored
+from common.robot.data_configs import DataConfig
+from common.robot.fetch import import_robotics
+from common.robot.gr00t_n15 import GR00T
+from common.robot.policy import Interface, read_stored, trained_parts
 from common.robot.video import no_renderer
 
 INSTRUCTIONS = {
@@ -103,22 +102,21 @@ def misfit(config: DataConfig) -> str:
 
 
 def read_interface(args) -> tuple:
-    """args, and the Interface of the checkpoint args.model_path. What is missing ends the program, nothing is guessed.
+    """args, and the Interface of the checkpoint args.model_path, prepared for the instruction of args.env_id.
 
+    Nothing is guessed, and what is wrong with weights, units or tokenizer ends the program before they are loaded.
     args: a GR00TArgs; the folder, the data config and the embodiment that are meant come back in it.
     """
     stored = read_stored(args.model_path)
-    tag = args.embodiment_tag or stored.args.get("embodiment_tag") or "new_embodiment"
-    name = args.data_config or stored.args.get("data_config") or "fetch"
-    modalities = stored.metadata.get(tag, {}).get("modalities", dict.fromkeys(("video", "state", "action"), {}))
-    config = find_data_config(name, modalities | {"language": {"": {}}})
-    if not stored.sees:
-        config = replace(config, video=())
-    metadata = stored.embodiment(tag, config)
-    if reason := misfit(config):
-        fail(f"--data-config {name} does not fit Fetch: {reason}; fine-tune '{args.model_path}' on Fetch first")
-    args = replace(args, model_path=str(stored.folder), data_config=name, embodiment_tag=tag)
-    return args, Interface(config, metadata, EMBODIMENTS[tag])
+    about = stored.acts(args.data_config, args.embodiment_tag, args.tokenizer)
+    interface = stored.interface(about)
+    if reason := misfit(interface.config):
+        fail(f"'{args.model_path}' does not fit Fetch: {reason}; fine-tune it on Fetch first")
+    own = dict(data_config=about.name, embodiment_tag=about.embodiment_tag, tokenizer=about.tokenizer)
+    model, _ = GR00T.plan(stored.folder, attn_implementation=args.attn_implementation)
+    trained_parts(model, args)  # or why not
+    interface.fit(model.config, [INSTRUCTIONS[args.env_id]])
+    return replace(args, model_path=str(stored.folder), **own), interface
 
 
 class FetchRobot:
@@ -143,14 +141,15 @@ class FetchRobot:
         frames = np.stack([self.camera.draw(p, g) for p, g in zip(physics, goals)])
         return self.interface.images(frames[:, None])
 
-    def look(self, envs: FetchVec, obs: dict[str, np.ndarray], size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """What the policy sees now, instruction included: batches of at most `size` environments."""
-        arrays = envs.get_state()[0]
-        state, images = self.state(obs), self.images(arrays["physics"], arrays["goal"])
-        for start in range(0, len(state), size):
-            part = slice(start, start + size)
-            texts = [self.instruction] * len(state[part])
-            yield self.interface.batch(state[part], texts, None if images is None else images[part])
+    def observation(self, obs: dict[str, np.ndarray], physics: np.ndarray, goals: np.ndarray) -> dict:
+        """N of FetchVec's observations and simulator states as `Policy.get_action` takes a batch of them."""
+        vector, config = state_vector(obs).astype(np.float64)[:, None], self.interface.config
+        places = slices(STATE)
+        seen = {f"state.{key}": vector[..., places[key]["start"] : places[key]["end"]] for key in config.state}
+        if self.camera:
+            frames = [self.camera.draw(p, g) for p, g in zip(physics, goals)]
+            seen[f"video.{config.video[0]}"] = np.stack(frames)[:, None]
+        return seen | {f"annotation.{config.language}": [self.instruction] * len(vector)}
 
     def actions(self, chunk: torch.Tensor, count: int) -> np.ndarray:
         """The policy's chunk (N, H, 32) -> its first `count` actions (N, count, 4) float32; FetchVec clips them."""

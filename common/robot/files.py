@@ -1,8 +1,6 @@
-"""Folders of models and data sets: where they are, and the JSON in them. What cannot be read ends in one line."""
+"""Folders of models and data sets, and lines of JSON in them. What cannot be read ends in one line."""
 
-import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -32,23 +30,6 @@ def find_folder(name: str | Path, kind: str, hint: str, patterns: list[str] | No
     except Exception as error:  # offline, no such repository or revision, no permission
         reason = str(error).partition("\n")[0] or type(error).__name__
         fail(f"'{name}' is no folder here and could not be downloaded ({reason}); {hint}")
-
-
-def read(path: Path, parse: Callable[[str], object], hint: str):
-    try:
-        return parse(path.read_text())
-    except (OSError, ValueError) as error:
-        fail(f"'{path}' cannot be read ({error}): missing, or not JSON; {hint}")
-
-
-def read_json(path: Path, hint: str, optional: bool = False) -> dict:
-    """The object in a JSON file; with `optional` {} where there is no such file. hint: what should be there."""
-    if optional and not path.exists():
-        return {}
-    found = read(path, json.loads, hint)
-    if not isinstance(found, dict):
-        fail(f"'{path}' is not a JSON object; {hint}")
-    return found
 
 
 def read_lines(path: Path, schema, hint: str = "") -> list:

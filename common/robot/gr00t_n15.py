@@ -33,22 +33,28 @@ import copy
 import dataclasses
 import json
 import math
+import re
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from huggingface_hub import save_torch_state_dict
+from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config, Qwen3Model, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 from transformers.utils import is_flash_attn_2_available
+from typing_extensions import TypedDict
 
-from common.cli import fail
-from common.robot.files import find_folder, read_json
+from common.cli import NonNegative, Positive, Share, fail, in_words, schema_of
+from common.files import Object, read_json
+from common.robot.files import find_folder
 
 EMBODIMENTS = {"new_embodiment": 31, "gr1": 24, "oxe_droid": 17, "agibot_genie1": 26}  # tag -> row; 28 more are unnamed
 
@@ -63,34 +69,53 @@ TEXT |= dict(attention_dropout=0, vocab_size=151680, max_position_embeddings=409
 EAGLE = dict(model_type="eagle_2_5_vl", use_pixel_shuffle=False, mlp_connector_layers=1, select_layer=-1)
 EAGLE |= dict(force_image_size=224, image_token_index=151669, vision_config=VISION, text_config=TEXT)
 
+# What config.json may say: a width in digits must not hang or exhaust the machine that reads it.
+Size = Annotated[int, Interval(ge=1, le=10**7)]
+Layers = Annotated[int, Interval(ge=1, le=1000)]
+
+
+def schema_like(name: str, defaults: dict):
+    """A pydantic model whose fields have the kinds of these defaults; keys that are not used here pass."""
+    fields = {}
+    for key, value in defaults.items():
+        kind = type(value) if isinstance(value, bool | str) or value == -1 else NonNegative
+        if isinstance(value, int) and value > 1 and key != "rope_theta":
+            kind = Layers if key.endswith("layers") else Size
+        fields[key] = schema_like(key, value) if isinstance(value, dict) else kind, value
+    return create_model(name, __config__=ConfigDict(extra="allow", strict=True, allow_inf_nan=False), **fields)
+
+
+EagleSizes = schema_like("eagle_config", EAGLE)
+
 
 @dataclass(frozen=True)
 class GR00TConfig:
     """Sizes of the model; the defaults are those of nvidia/GR00T-N1.5-3B."""
 
-    state_dim: int = 64
-    action_dim: int = 32
-    action_horizon: int = 16
-    num_embodiments: int = 32
-    max_seq_len: int = 1024  # rows of the position table, of which the first action_horizon are used
-    num_future_tokens: int = 32
-    hidden_size: int = 1024  # inner width of the embodiment layers and output width of the DiT
-    dit_layers: int = 16
-    dit_heads: int = 32
-    dit_head_dim: int = 48
-    dropout: float = 0.2
-    vl_layers: int = 4
-    vl_heads: int = 32
-    vl_head_dim: int = 64
-    vl_dropout: float = 0.2
-    num_timestep_buckets: int = 1000
-    noise_beta_alpha: float = 1.5
-    noise_beta_beta: float = 1.0
-    noise_s: float = 0.999
-    num_inference_timesteps: int = 4
-    select_layer: int = 12  # text layers kept, of those in text_config
+    state_dim: Size = 64
+    action_dim: Size = 32
+    action_horizon: Size = 16
+    num_embodiments: Size = 32
+    max_seq_len: Size = 1024  # rows of the position table, of which the first action_horizon are used
+    num_future_tokens: Size = 32
+    hidden_size: Size = 1024  # inner width of the embodiment layers and output width of the DiT
+    dit_layers: Layers = 16
+    dit_heads: Size = 32
+    dit_head_dim: Size = 48
+    dropout: Share = 0.2
+    vl_layers: Layers = 4
+    vl_heads: Size = 32
+    vl_head_dim: Size = 64
+    vl_dropout: Share = 0.2
+    num_timestep_buckets: Size = 1000
+    noise_beta_alpha: Positive = 1.5
+    noise_beta_beta: Positive = 1.0
+    noise_s: Positive = 0.999
+    num_inference_timesteps: Size = 4
+    select_layer: Layers = 12  # text layers kept, of those in text_config
     eagle: dict = field(default_factory=lambda: EAGLE)
-    instruction_vocab: int = 0  # above 0: "lite", a table of that many tokens instead of the vision-language model
+    # above 0: "lite", a table of that many tokens instead of the vision-language model
+    instruction_vocab: Annotated[int, Interval(ge=0, le=10**7)] = 0
     mask_padding: bool = False
     source: dict = field(default_factory=dict)  # the config.json this came from: keys not used here are written again
 
@@ -148,11 +173,24 @@ class GR00TConfig:
         if absent := [PLACES[name] for name, value in values.items() if value is None and name not in OPTIONAL]:
             fail(f"config.json is not that of a GR00T N1.5 checkpoint, it has no {', '.join(absent)}")
         values = {name: value for name, value in values.items() if value is not None}
-        found = cls(**values, eagle=EAGLE | (eagle or {}), source=config)
+        try:
+            eagle = EAGLE | (eagle or {})
+            EagleSizes.model_validate(eagle)
+            eagle |= {key: EAGLE[key] | eagle[key] for key in ("vision_config", "text_config")}
+            values = vars(cls()) | values | {"eagle": eagle, "source": config}
+            found = cls(**TypeAdapter(schema_of(cls)).validate_python(values))
+        except ValidationError as error:
+            name, _, rest = in_words(error).partition(" ")
+            fail(f"config.json is not that of a GR00T N1.5 checkpoint: {PLACES.get(name, name)} {rest}")
         wrong = [(place, get(config, place, want), want) for place, want in found.fixed().items()]
         wrong += [(key, found.eagle[key], EAGLE[key]) for key in ("use_pixel_shuffle", "mlp_connector_layers")]
+        wrong += [("max_seq_len", found.max_seq_len, max(found.max_seq_len, found.action_horizon))]
         if not found.instruction_vocab:
             wrong += [("text_config.hidden_size", found.eagle["text_config"]["hidden_size"], found.vl_width)]
+            vocabulary, side = found.eagle["text_config"]["vocab_size"], min(found.image_size, 4096)
+            wrong += [("image_token_index", found.image_token_index, min(found.image_token_index, vocabulary - 1))]
+            wrong += [("vision_config.image_size", found.image_size, side)]
+            wrong += [("image tokens of a picture", found.tokens_per_image, max(found.tokens_per_image, 1))]
         if wrong := [f"{place} is {got!r}, not {want!r}" for place, got, want in wrong if got != want]:
             fail(f"config.json is not that of GR00T N1.5: {'; '.join(wrong)}. N1, N1.6 and N1.7 are other networks")
         return found
@@ -625,6 +663,23 @@ class GR00T(nn.Module):
         return {name: tuple(p.shape) for name, p in self.state_dict().items()} | self.carried_shapes()
 
     @classmethod
+    def plan(
+        cls, path: str | Path, *, mask_padding: bool | None = None, attn_implementation: str = "sdpa"
+    ) -> tuple["GR00T", dict[str, tuple[safe_open, str]]]:
+        """The model of a checkpoint without its numbers, and where those are: all that can be wrong, in no time."""
+        folder = find_folder(path, "model", ELSE, FILES)
+        config = read_json(folder / "config.json", Object, HINT)
+        config = GR00TConfig.from_json(config, read_json(folder / "eagle_config.json", Object, HINT, optional=True))
+        if mask_padding is not None:
+            config = dataclasses.replace(config, mask_padding=mask_padding)
+        try:
+            with torch.device("meta"):  # no memory, no initialisation
+                model = cls(config, attn_implementation)
+        except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:  # heads that do not divide a width
+            fail(f"no model can be built as '{folder}/config.json' says: {error}; {HINT}")
+        return model, find_tensors(folder, model.layout())
+
+    @classmethod
     @torch.no_grad()
     def toy(cls, config: GR00TConfig, attn_implementation: str = "sdpa") -> "GR00T":
         """A random model of toy width whose state and positions can be heard: the published scales suit wide rows."""
@@ -652,14 +707,7 @@ class GR00T(nn.Module):
         None keeps the file's dtype and padding. The published file is bfloat16, whose head training wants in float32.
         Anything missing, left over or of another shape ends in one line that names it, and exit code 2.
         """
-        folder = find_folder(path, "model", ELSE, FILES)
-        config = read_json(folder / "config.json", HINT)
-        config = GR00TConfig.from_json(config, read_json(folder / "eagle_config.json", HINT, optional=True))
-        if mask_padding is not None:
-            config = dataclasses.replace(config, mask_padding=mask_padding)
-        with torch.device("meta"):  # no memory, no initialisation
-            model = cls(config, attn_implementation)
-        sources = find_tensors(folder, model.layout())
+        model, sources = cls.plan(path, mask_padding=mask_padding, attn_implementation=attn_implementation)
         state = {}
         for name in model.state_dict():
             dtype = backbone_dtype if name.startswith("backbone.") else head_dtype
@@ -720,7 +768,11 @@ def find_tensors(folder: Path, layout: dict[str, tuple[int, ...]]) -> dict[str, 
     """Where each tensor of `layout` is: (open file, its name there). Reads headers only, reports all faults at once."""
     index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
-        files = sorted(set(read_json(index, HINT).get("weight_map", {}).values()))
+        files = sorted(
+            set(read_json(index, TypedDict("Index", {"weight_map": dict[str, str]}), HINT)["weight_map"].values())
+        )
+        if outside := [file for file in files if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file)]:
+            fail(f"'{index}' names '{outside[0][:80]}': weights lie in files of this folder, called ….safetensors")
         if absent := [file for file in files if not (folder / file).exists()]:
             fail(f"'{folder}' lacks {', '.join(absent)}, which {index.name} lists: the download is incomplete")
     elif not (folder / files[0]).exists():

@@ -2,11 +2,14 @@
 
 import math
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from common.checkpoint import trainer_file
 from common.robot.gr00t_n15 import GR00T, group_of
 
 
@@ -84,7 +87,9 @@ def adapter_tensors(adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_adapters(adapters: dict[str, LoRALinear], tensors: dict[str, Tensor]) -> None:
+def load_adapters(adapters: dict[str, LoRALinear], folder: Path) -> None:
+    """From a checkpoint's lora.safetensors."""
+    tensors = load_file(trainer_file(folder, "lora.safetensors")) if adapters else {}
     for name, adapter in adapters.items():
         for part, to in adapter.parts().items():
             to.copy_(tensors[f"{name}.{part}"])

@@ -244,6 +244,14 @@ def pixel_values(images: torch.Tensor) -> torch.Tensor:
     return (images.float() - 127.5) / 127.5
 
 
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch as the model takes it: images as its pixel values."""
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    if "images" in batch:
+        batch["eagle_pixel_values"] = pixel_values(batch.pop("images"))
+    return batch
+
+
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 IMAGE_TOKENS = ("<IMG_CONTEXT>", "<img>", "</img>")
