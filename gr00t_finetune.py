@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from common.cli import Count, Name, Natural, NonNegative, Partial, Positive, Text, Threads, fail, parse
+from common.log import watched
 from common.parallel import World, clip_gradients, shard, sum_gradients
 from common.robot.data_configs import find_data_config
 from common.robot.demonstrations import Demonstrations, Split, check_units, make_metadata, prepared, read_mixture
@@ -536,7 +537,8 @@ def policy_of(model: GR00T, samples: Samples, args: Args) -> Policy:
 def predict_rows(model: GR00T, samples: Samples, rows: np.ndarray, args: Args, num_steps: int) -> np.ndarray:
     """The policy's 16 actions (B, 16, 32) for recorded rows, in model units; the noise depends on the row alone."""
     policy = policy_of(model, samples, args)
-    batches = (samples[Plan(part, part, "open loop")] for part in pieces(rows, args.batch_size))
+    parts = watched(pieces(rows, args.batch_size), "open loop")
+    batches = (samples[Plan(part, part, "open loop")] for part in parts)
     return torch.cat([policy.chunk(batch, batch["noise"], num_steps) for batch in batches]).numpy()
 
 
@@ -612,7 +614,7 @@ def closed_loop(model: GR00T, samples: Samples, env_id: str, args: Args) -> dict
     envs = FetchVec(env_id, n)
     obs, _ = envs.reset(seed=0)
     once, final = np.zeros(n, bool), np.zeros(n, bool)
-    for step in range(envs.max_episode_steps):
+    for step in watched(range(envs.max_episode_steps), f"closed loop, {env_id}"):
         if step % args.execute_steps == 0:
             rngs = [stream(EVALUATION, "closed loop", step, i) for i in range(n)]
             noise = np.stack([rng.standard_normal((HORIZON, ACTION_DIM), dtype=np.float32) for rng in rngs])

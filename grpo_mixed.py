@@ -728,7 +728,7 @@ def sample_answers(policy: Policy, problems, samples: int, temperature, args: Ar
     mine, size = range(world.rank, len(problems), world.size), max(args.eval_batch_size // samples, 1)
     results = []
     chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
-    for chunk in watched(chunks, name, world.main):
+    for chunk in watched(chunks, name):
         sample_ids = [i * samples + k for i in chunk for k in range(samples)]
         roll = rollout(policy, [problems[i] for i in chunk], samples, temperature, key, sample_ids, args)
         results += zip(

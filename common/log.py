@@ -34,9 +34,9 @@ def lines_until(path: Path, step: float) -> list[str]:
     return kept
 
 
-def watched(items: Sequence, what: str, enabled: bool):
-    """The items, with a progress bar if they take long."""
-    return tqdm(items, desc=what, leave=False, delay=3, dynamic_ncols=True, disable=not enabled)
+def watched(items: Sequence, what: str):
+    """The items, with a progress bar (of the first process) if they take long."""
+    return tqdm(items, what, leave=False, delay=3, dynamic_ncols=True, disable=os.environ.get("RANK", "0") != "0")
 
 
 class Logger:
