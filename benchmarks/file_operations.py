@@ -115,6 +115,7 @@ def photographed(call: Callable, root: Path, album: Path) -> tuple[list[Point], 
     """Does call() in a fork. Returns every point; its photo in `album` is what `root` was there."""
     shutil.rmtree(album, ignore_errors=True)
     album.mkdir(parents=True)
+    (album / "points").touch()
 
     def at(point: Point, half: Callable | None) -> None:
         if half:

@@ -138,7 +138,9 @@ def all_points(
         attempt(point, start, folder / "first", folder / "nothing")
     for name, first in moments(points).items():
         restore(before := first.photo(folder / "first"), root)
-        resumed, _ = photographed(again, root, folder / "second")
+        resumed, outcome = photographed(again, root, folder / "second")
+        if outcome.code != 0:
+            losses.append(f"{script}, with {name}: --resume ends with {outcome.code}: {outcome.err[-200:]}")
         for point in resumed[::every]:
             attempt(point, again, folder / "second", before, f"with {name}, resumed and killed ")
     return tried, losses
