@@ -94,7 +94,6 @@ FLAGS = {
 --torch-threads: 0
 --init-from: '' | {here} | {here}/nowhere | {stock}/ppo_gr00t
 --init-from {stock}/ppo_fetch: --hidden 16 | --env-id FetchPush-v4
---reward-mode: env
 --log-std-init: 1e9
 """,
     "gr00t_finetune": """
