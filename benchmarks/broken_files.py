@@ -227,7 +227,8 @@ def demonstrations() -> Iterator[Case]:
     bad_paths += ["data/{episode_index:0999999999d}.parquet", "data/{episode_index!r:>9999999}", 3, None]
     first = "data/*/episode_000000.parquet"
     files = {
-        "meta/info.json": [GONE, *texts(), *entries("features", "fps", "data_path", "codebase_version", "chunks_size")]
+        "meta/info.json": [GONE, *texts(), *entries("features", "data_path", "codebase_version", "chunks_size")]
+        + entries("fps", wrong=HERE)
         + entries("data_path", wrong={f"{path!r}": path for path in bad_paths})
         + entries("features/action", wrong=WRONG)
         + entries("codebase_version", wrong={"v9": "v9.0"}),
