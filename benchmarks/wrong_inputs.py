@@ -139,15 +139,12 @@ def attempt(case: Case, flags: dict[str, list[str]]) -> None:
 
 def tree(folder: Path) -> dict[str, tuple | None]:
     """Every folder, and every file with its size and time."""
-    stats = {str(path.relative_to(folder)): path.lstat() for path in folder.rglob("*")}
-    return {
-        name: (s.st_size if path_is_file(s) else 0, s.st_mtime_ns if path_is_file(s) else 0)
-        for name, s in stats.items()
-    }
-
-
-def path_is_file(stat: os.stat_result) -> bool:
-    return stat.st_mode & 0o170000 == 0o100000
+    found = {}
+    for path in folder.rglob("*"):
+        stat = path.lstat()
+        found[str(path.relative_to(folder))] = None if path.is_dir() else (stat.st_size, stat.st_mtime_ns)
+    # who continues a run locks it
+    return {name: value for name, value in found.items() if not name.endswith("/.lock")}
 
 
 def verdict(case: Case, stock: Path, flags: dict[str, list[str]], here: Path) -> str:

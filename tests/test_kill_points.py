@@ -29,16 +29,16 @@ def toy_calls(folder):
 
 
 def test_a_toy_run_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path):
-    tried, losses = all_points("test_run", *toy_calls(tmp_path), 5, tmp_path, tell=lambda _: None)
-    assert losses == [] and tried > 30
+    tried, losses = all_points("test_run", *toy_calls(tmp_path), 9, tmp_path, tell=lambda _: None)
+    assert losses == [] and tried > 15
 
 
 def test_a_script_killed_ends_as_if_it_had_not_been(tmp_path):
     short_runs.warm_up()
     short_runs.make_demonstrations(tmp_path / "demos")
     calls = calls_of("gr00t_finetune", short_runs.flags_of("gr00t_finetune", tmp_path), tmp_path / "run")
-    tried, losses = all_points("gr00t_finetune", *calls, 40, tmp_path, tell=lambda _: None)
-    assert losses == [] and tried >= 8
+    tried, losses = all_points("gr00t_finetune", *calls, 80, tmp_path, tell=lambda _: None)
+    assert losses == [] and tried >= 5
 
 
 def test_a_point_is_what_a_kill_leaves(tmp_path):
