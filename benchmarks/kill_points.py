@@ -110,11 +110,11 @@ def moments(points: list[Point]) -> dict[str, Point]:
 
 
 def all_points(
-    script: str, start: Callable, again: Callable, every: int, folder: Path, tell=print
+    script: str, start: Callable, again: Callable, every: int, folder: Path, tell=print, resumes=True
 ) -> tuple[int, list[str]]:
     """Tries every `every`-th point of a run and of its resumptions. Returns their number and what was lost.
 
-    start() makes a run of the script in folder/run, again() resumes it.
+    start() makes a run of the script in folder/run, again() resumes it. resumes: kill resumptions too.
     """
     root, losses, tried = folder / "run", [], 0
     points, outcome = photographed(start, root, folder / "first")
@@ -136,7 +136,7 @@ def all_points(
 
     for point in points[::every]:
         attempt(point, start, folder / "first", folder / "nothing")
-    for name, first in moments(points).items():
+    for name, first in moments(points).items() if resumes else ():
         restore(before := first.photo(folder / "first"), root)
         resumed, outcome = photographed(again, root, folder / "second")
         if outcome.code != 0:
