@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from common.cli import Count, Fraction, Natural, NonNegative, Positive, Several, Share, Temperature, Text, fail, parse
 from common.language import lm, probe, watch
-from common.language.data import read_rows
+from common.language.data import EvalRow, read_rows
 from common.language.decode import Decoder, inverse_cdf, pad_right
 from common.language.lm import LMArgs, Policy, Reference
 from common.language.stats import Sums, pass_at_k
@@ -106,10 +106,7 @@ def resolve(args: Args, config, excluded: set[str]) -> Args:
     defaults |= {"epochs": 12 if small else 50, "learning_rate": 3e-4 if small else 5e-6}
     defaults["exp_name"] = f"grpo_{args.dataset_type}_b{args.batch_size}_g{args.num_generations}"
     args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
-    if not args.operations or set(args.operations) - set(OPERATION_NAMES):
-        fail(f"--operations {args.operations!r}: any of + - * / without blanks, such as '+-*'")
-    if args.min_num > args.max_num:
-        fail(f"--min-num {args.min_num} is above --max-num {args.max_num}")
+    lm.check_operands(args, OPERATION_NAMES)
     if args.n_samples is None:
         problems = draw_unique(stream(0, "count"), level_of(args), 1000 if small else 100, excluded)
         args = replace(args, n_samples=len(problems))
@@ -199,9 +196,9 @@ def draw_bands(rng: np.random.Generator) -> list[Problem]:
 def load_problems(source: str) -> list[Problem]:
     """A JSONL file or a hub data set with columns prompt, answer and optionally difficulty, metadata.operation."""
     problems = []
-    for row in read_rows("--eval-dataset", source, ("prompt", "answer")):
-        operation = str((row.get("metadata") or {}).get("operation", ""))
-        problems.append(Problem(str(row["prompt"]), str(row["answer"]), operation, str(row.get("difficulty") or "")))
+    for _, row in read_rows("--eval-dataset", source, EvalRow):
+        operation = row.metadata and row.metadata.operation
+        problems.append(Problem(row.prompt, row.answer, operation or "", row.difficulty or ""))
     return problems
 
 
@@ -219,6 +216,7 @@ def draw_batch(pool: list[Problem], step: int, num_prompts: int, seed: int, leve
 def extract_answer(completion: str) -> str:
     """The answer in a completion: the integer it starts with, else its first word, else "".
 
+    What follows the integer is not looked at: 5 is read from "5.7" and "5 * 3 = 15" too, see docs/grpo_arithmetic.md.
     One function for reward, train accuracy and evaluation. It must be given the completion only, never the prompt.
 
     >>> extract_answer(" 56. Next"), extract_answer("-3"), extract_answer("I think 56"), extract_answer("")
@@ -237,7 +235,7 @@ def distance(completion: str, problem: Problem) -> int | None:
 
 
 def is_correct(completion: str, problem: Problem) -> bool:
-    return extract_answer(completion) == problem.answer
+    return (given := extract_answer(completion)) == problem.answer and given != ""
 
 
 def binary_reward(completion: str, problem: Problem) -> float:
@@ -284,19 +282,25 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards:
 
     rewards: (B,) with the G completions of a prompt in consecutive rows -> (B,) float32 or float64.
     scale_rewards: "group" (GRPO), "batch" (Lite PPO, arXiv 2508.08221) or "none" (Dr. GRPO, arXiv 2503.20783).
+    A completion whose reward is NaN or infinite is no part of its group: its advantage is 0.
     """
-    groups = rewards.view(-1, num_generations)  # (P, G)
+    groups, G = rewards.view(-1, num_generations), num_generations  # (P, G)
+    scored = groups.isfinite()
+    n = scored.sum(1, keepdim=True).to(groups.dtype)  # (P, 1)
+    low = groups.masked_fill(~scored, torch.inf).amin(1, keepdim=True)
+    high = groups.masked_fill(~scored, -torch.inf).amax(1, keepdim=True)
+    # the others' mean stands in for what is missing: it changes neither the mean nor the sum of squares
+    groups = torch.where(scored, groups, groups.masked_fill(~scored, 0.0).sum(1, keepdim=True) / n)
     centred = groups - groups.mean(1, keepdim=True)  # eq: A_i = r_i - mean_group(r)
-    # rounding must not make a tiny spread out of equal rewards, which dividing by the std would blow up
-    equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
-    centred = centred.masked_fill(equal, 0.0)
     if scale_rewards == "group":
-        centred = centred / (groups.std(1, keepdim=True) + 1e-4)  # eq: A_i / (std_group(r) + 1e-4), std over n - 1
+        std = groups.std(1, keepdim=True) * ((G - 1) / (n - 1)).sqrt()  # over n - 1
+        centred = centred / (std + 1e-4)  # eq: A_i / (std_group(r) + 1e-4)
     elif scale_rewards == "batch":
-        centred = centred / (rewards.std() + 1e-4)  # eq: A_i / (std_batch(r) + 1e-4)
+        centred = centred / (rewards[rewards.isfinite()].std() + 1e-4)  # eq: A_i / (std_batch(r) + 1e-4)
     elif scale_rewards != "none":
         raise ValueError(f"scale_rewards must be group, batch or none, not {scale_rewards!r}")
-    return centred.reshape(-1)
+    # rounding must not make a tiny spread out of equal rewards, which dividing by the std would blow up
+    return centred.masked_fill(~scored | (low >= high), 0.0).reshape(-1)
 
 
 def completion_mask(completion_ids: torch.Tensor, eos_ids: list[int]) -> torch.Tensor:
@@ -675,11 +679,11 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
 
             # ---- 2. reward every completion, over all processes ----
             rows = world.gather(roll.rows(args.rewards))  # B
-        parts = torch.tensor([[row[name] for name in args.rewards] for row in rows])  # (B, functions)
-        rewards = parts @ torch.tensor(args.reward_weights)  # (B,)
+        parts = watch.reward_parts(rows, args.rewards)  # (B, functions), NaN where a function gave no number
+        rewards = parts @ torch.tensor(args.reward_weights)  # (B,)  eq: r_i = sum_k w_k r_ik
 
         # ---- 3. compare each with its group ----
-        advantages = group_advantages(rewards, G, args.scale_rewards)  # (B,)
+        advantages = group_advantages(rewards, G, args.scale_rewards)  # (B,)  eq: A_i = (r_i - mean) / (std + 1e-4)
 
         # ---- 4. num_iterations optimizer steps, micro-batch by micro-batch ----
         learning_rate = learning_rate_at(step, total_steps, args)
@@ -725,9 +729,10 @@ def main(args: Args) -> None:
     args = resolve(args, config, excluded)
     if not args.eval_only:
         check(args, run.world, excluded)
-    largest = -max(abs(args.min_num), abs(args.max_num))
-    prompts = [p.prompt for p in [*problems, make_problem(largest, "+", largest)]]
-    longest = lm.check_context(args, config, tokenizer, prompts)
+    numbers = {int(x) for x in np.linspace(args.min_num, args.max_num, 1000)}  # every operand, or a thousand of them
+    asked = [make_problem(a, op, a) for a in numbers for op in args.operations if op != "/" or a]
+    asked += [*problems, *draw_bands(stream(0, "validation problems"))]
+    longest = lm.check_context(args, config, tokenizer, [p.prompt for p in asked])
     model = lm.load_model(args, run.world.device, run.checkpoint)
     probe.check(model, args, longest)
     with run.open(args):

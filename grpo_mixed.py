@@ -21,6 +21,7 @@ Equations next to symbols, metrics and results: docs/grpo_mixed.md.
 
 import common.stop  # noqa: F401, first: Ctrl-C is heard while the rest is imported
 
+import fractions
 import hashlib
 import math
 import re
@@ -37,7 +38,7 @@ from annotated_types import Interval
 
 from common.cli import Count, Fraction, Natural, NonNegative, Positive, Several, Share, Temperature, Text, fail, parse
 from common.language import lm, probe, watch
-from common.language.data import read_rows
+from common.language.data import EvalRow, WordProblem, read_rows
 from common.language.decode import Decoder, inverse_cdf, pad_right
 from common.language.lm import LMArgs, Policy, Reference
 from common.language.stats import Sums, pass_at_k
@@ -61,8 +62,8 @@ class Args(LMArgs, RunArgs):
     """share of each task, in their order; default: 2 for the first, 1 for each other"""
     sampling: Literal["proportional", "balanced", "adaptive"] = "proportional"
     """shares of a step: as given, equal, or as given times p (1 - p), p being the task's solve rate so far"""
-    word_problems: Text = "openai/gsm8k"
-    """JSONL file or hub id with columns question and answer, for the task word_problems"""
+    word_problems: Text = "openai/gsm8k/main"
+    """JSONL file or hub id (owner/name or owner/name/config) with columns question and answer, for word_problems"""
     n_samples: Count | None = None  # number of training problems of all tasks; default: 150, below 50 M parameters 1000
     exclude_eval: bool = True  # keep the problems of the evaluation set out of the training problems
     min_num: int | None = None  # smallest operand; default: that of the data set type
@@ -123,16 +124,8 @@ def resolve(args: Args, config) -> Args:
     defaults |= {"epochs": 6 if small else 50, "learning_rate": 3e-4 if small else 5e-6}
     defaults["exp_name"] = f"grpo_{args.dataset_type}_b{args.batch_size}_g{args.num_generations}"
     args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
-    if not args.operations or set(args.operations) - set(OPERATION_NAMES):
-        fail(f"--operations {args.operations!r}: any of + - * / without blanks, such as '+-*'")
-    if args.min_num >= args.max_num:
-        fail(f"--min-num {args.min_num} must be below --max-num {args.max_num}")
-    if unknown := [task for task in args.tasks if task not in TASKS]:
-        fail(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
-    if not args.tasks or len(set(args.tasks)) < len(args.tasks):
-        fail("--tasks needs at least one task, each once")
-    if len(args.proportions) != len(args.tasks):
-        fail(f"--proportions needs {len(args.tasks)} numbers, one for each of --tasks {' '.join(args.tasks)}")
+    lm.check_mixture(args, TASKS, WITHOUT_NUMBERS)
+    lm.check_operands(args, OPERATION_NAMES, different=True)
     return args
 
 
@@ -205,7 +198,7 @@ def draw_comparison(rng: np.random.Generator, level: Level) -> Problem:
     """Every relation holds as often as not, so that a fixed answer is right half the time."""
     relation = str(rng.choice(["greater than", "less than", "equal to"], p=[0.4, 0.4, 0.2]))
     answer = str(rng.choice(["yes", "no"]))
-    small, large = sorted(rng.choice(np.arange(level.low, level.high + 1), 2, replace=False).tolist())
+    small, large = sorted((level.low + rng.choice(level.high - level.low + 1, 2, replace=False)).tolist())
     a, b = (large, small) if (relation == "greater than") == (answer == "yes") else (small, large)
     if relation == "equal to" and answer == "yes" or relation != "equal to" and answer == "no" and rng.random() < 0.2:
         a = b
@@ -220,9 +213,11 @@ def draw_binary(rng: np.random.Generator, level: Level) -> Problem:
 @cache
 def load_word_problems(source: str) -> list[Problem]:
     """Questions whose solution ends in "#### number", as GSM8K's do."""
-    form = "Question: {}\nThink step by step, then write #### and the number.\nAnswer: "
-    rows = read_rows("--word-problems", source, ("question", "answer"), splits=("train",))
-    return [Problem(form.format(row["question"]), final_number(str(row["answer"]))) for row in rows]
+    form, problems = "Question: {}\nThink step by step, then write #### and the number.\nAnswer: ", []
+    for number, row in read_rows("--word-problems", source, WordProblem, splits=("train",)):
+        unread = f"--word-problems '{source}', row {number}: no number after the last #### in {row.answer[-80:]!r}"
+        problems.append(Problem(form.format(row.question), final_number(row.answer) or fail(unread)))
+    return problems
 
 
 def draw_word_problem(rng: np.random.Generator, level: Level) -> Problem:
@@ -230,23 +225,16 @@ def draw_word_problem(rng: np.random.Generator, level: Level) -> Problem:
     return problems[rng.integers(len(problems))]
 
 
-# The standard evaluation: five bands, 200 problems, duplicates allowed.
-EVAL_BANDS = {
-    "very_easy": (30, Level(0, 5, "+")),
-    "easy": (40, Level(0, 10)),
-    "medium": (50, Level(0, 20)),
-    "hard": (40, Level(10, 50)),
-    "very_hard": (40, Level(20, 100, "+-*/")),
-}
+EVAL_BANDS = ("very_easy", "easy", "medium", "hard", "very_hard")  # of the standard evaluation
 OPERATION_NAMES = {"+": "add", "-": "sub", "*": "mul", "/": "div"}
 
 
 def load_problems(source: str) -> list[Problem]:
     """A JSONL file or a hub data set with columns prompt, answer and optionally difficulty, metadata.operation."""
     problems = []
-    for row in read_rows("--eval-dataset", source, ("prompt", "answer")):
-        operation = str((row.get("metadata") or {}).get("operation", ""))
-        problems.append(Problem(str(row["prompt"]), str(row["answer"]), operation, str(row.get("difficulty") or "")))
+    for _, row in read_rows("--eval-dataset", source, EvalRow):
+        operation = row.metadata and row.metadata.operation
+        problems.append(Problem(row.prompt, row.answer, operation or "", row.difficulty or ""))
     return problems
 
 
@@ -340,6 +328,7 @@ def draw_more(rng, args: Args, pool: list[Problem], level: Level, n: int, exclud
 def extract_answer(completion: str) -> str:
     """The answer in a completion: the integer it starts with, else its first word, else "".
 
+    What follows the integer is not looked at: 5 is read from "5.7" and "5 * 3 = 15" too, see docs/grpo_arithmetic.md.
     One function for reward, train accuracy and evaluation. It must be given the completion only, never the prompt.
 
     >>> extract_answer(" 56. Next"), extract_answer("-3"), extract_answer("I think 56"), extract_answer("")
@@ -364,11 +353,22 @@ def binary_numeral(completion: str) -> str:
     return numeral[0] if numeral else ""
 
 
+NUMBER = r"[-+]?(?=\.?[0-9])(?:[0-9]+/0*[1-9][0-9]*|(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]+)?)(?!\w)"
+UNIT = r"\s?[%$€£¥]?(?:[^\W\d_]|(?<=[^\W\d])[-'’/](?=\w)|[\s.,;:!?…'\"’”()])*"  # words and punctuation
+SCALE = r"\b(?:[kKM]|bn|dozens?|hundreds?|thousands?|(?:m|b|tr)illions?|half|halves|thirds?|quarters?|squared|cubed)\b"
+
+
 def final_number(completion: str) -> str:
-    """The integer after the last "####", without thousands separators; "" if there is none."""
-    text = completion.rpartition("####")[2] if "####" in completion else ""
-    number = re.match(r"\s*(-?[0-9][0-9,]*)(?!\w|\.\d)", text)
-    return number[1].replace(",", "") if number else ""
+    """The number on the line after the last "####", in lowest terms ("$18.00 a day" -> "18", "0.75" -> "3/4"); or ""
+
+    Its unit may follow, nothing that makes it another number ("1, 2", "1,234apples", "8 million"): never read in part.
+    """
+    line = completion.rpartition("####")[2].strip().partition("\n")[0] if "####" in completion else ""
+    line = line.replace("**", " ", 2).strip() if line.startswith("**") else line  # bold
+    line = re.sub(r"^([-+]?)\\?[$€£¥] ?", r"\1", line.replace("−", "-"))  # currency
+    found = re.fullmatch(f"({NUMBER})({UNIT})", line)
+    whole = found and len(found[1]) <= 100 and not any(map(str.isnumeric, found[2])) and not re.search(SCALE, found[2])
+    return str(fractions.Fraction(found[1].replace(",", ""))) if whole else ""
 
 
 # task -> (draws a problem, finds the answer in a completion). Your own task is two functions and a line here.
@@ -380,6 +380,7 @@ TASKS = {
     "binary": (draw_binary, binary_numeral),
     "word_problems": (draw_word_problem, final_number),
 }
+WITHOUT_NUMBERS = ("words", "letters", "binary", "word_problems")  # tasks in which a level's range changes nothing
 
 
 def parse_answer(completion: str, problem: Problem) -> str:
@@ -394,7 +395,7 @@ def distance(completion: str, problem: Problem) -> int | None:
 
 
 def is_correct(completion: str, problem: Problem) -> bool:
-    return parse_answer(completion, problem) == problem.answer
+    return (given := parse_answer(completion, problem)) == problem.answer and given != ""
 
 
 def binary_reward(completion: str, problem: Problem) -> float:
@@ -441,19 +442,25 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards:
 
     rewards: (B,) with the G completions of a prompt in consecutive rows -> (B,) float32 or float64.
     scale_rewards: "group" (GRPO), "batch" (Lite PPO, arXiv 2508.08221) or "none" (Dr. GRPO, arXiv 2503.20783).
+    A completion whose reward is NaN or infinite is no part of its group: its advantage is 0.
     """
-    groups = rewards.view(-1, num_generations)  # (P, G)
+    groups, G = rewards.view(-1, num_generations), num_generations  # (P, G)
+    scored = groups.isfinite()
+    n = scored.sum(1, keepdim=True).to(groups.dtype)  # (P, 1)
+    low = groups.masked_fill(~scored, torch.inf).amin(1, keepdim=True)
+    high = groups.masked_fill(~scored, -torch.inf).amax(1, keepdim=True)
+    # the others' mean stands in for what is missing: it changes neither the mean nor the sum of squares
+    groups = torch.where(scored, groups, groups.masked_fill(~scored, 0.0).sum(1, keepdim=True) / n)
     centred = groups - groups.mean(1, keepdim=True)  # eq: A_i = r_i - mean_group(r)
-    # rounding must not make a tiny spread out of equal rewards, which dividing by the std would blow up
-    equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
-    centred = centred.masked_fill(equal, 0.0)
     if scale_rewards == "group":
-        centred = centred / (groups.std(1, keepdim=True) + 1e-4)  # eq: A_i / (std_group(r) + 1e-4), std over n - 1
+        std = groups.std(1, keepdim=True) * ((G - 1) / (n - 1)).sqrt()  # over n - 1
+        centred = centred / (std + 1e-4)  # eq: A_i / (std_group(r) + 1e-4)
     elif scale_rewards == "batch":
-        centred = centred / (rewards.std() + 1e-4)  # eq: A_i / (std_batch(r) + 1e-4)
+        centred = centred / (rewards[rewards.isfinite()].std() + 1e-4)  # eq: A_i / (std_batch(r) + 1e-4)
     elif scale_rewards != "none":
         raise ValueError(f"scale_rewards must be group, batch or none, not {scale_rewards!r}")
-    return centred.reshape(-1)
+    # rounding must not make a tiny spread out of equal rewards, which dividing by the std would blow up
+    return centred.masked_fill(~scored | (low >= high), 0.0).reshape(-1)
 
 
 def completion_mask(completion_ids: torch.Tensor, eos_ids: list[int]) -> torch.Tensor:
@@ -799,23 +806,18 @@ def draw_step(run: Run, step: int, pools, levels, state, args: Args, excluded) -
     if number != state["level"]:
         run.say(f"step {step}: curriculum level {state['level']} -> {number}, {levels[number]}")
         state.update(level=number, level_start=step, recent_rewards=[])
-    level, pool = with_shares(args, levels[number], state["solve_rates"]), pools[number]
+    level, pool = with_shares(args, levels[number], state["solve_rates"]), [] if args.fresh else pools[number]
     P = args.batch_size // args.num_generations
     if args.fresh or args.sampling != "proportional":
         return level, pool, draw_more(stream(args.seed, "fresh", step), args, pool, level, P, excluded)
     return level, pool, draw_batch(pool, step - state["level_start"], P, args.seed, number)
 
 
-def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], excluded: set[str]) -> None:
+def train(run: Run, policy: Policy, args: Args, eval_problems, pools, validation, excluded: set[str]) -> None:
     world, B, G = run.world, args.batch_size, args.num_generations
     P = B // G  # prompts per step
     own, mine = world.share(P), world.share(B)  # this process's prompts and completions
-    levels, pools = levels_of(args), []
-    for i, level in enumerate(levels):
-        pools.append(draw_mixture(stream(args.seed, "problems", i), level, args.n_samples, excluded))
-    trained = set() if args.fresh else {p.prompt for pool in pools for p in pool}
-    # picks the best checkpoint and stops early, so that the evaluation set itself selects nothing
-    validation = draw_held_out(args, "validation", 40, excluded)
+    levels, trained = levels_of(args), {p.prompt for pool in pools for p in pool}
     steps_per_epoch = max(args.n_samples // P, 1)
     total_steps = args.epochs * steps_per_epoch
 
@@ -848,10 +850,10 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
             first_rows, refilled = [], 0
             for attempt in range(args.refill + 1):
                 rows = world.gather(roll.rows(args.rewards))  # B
-                parts = torch.tensor([[row[name] for name in args.rewards] for row in rows])  # (B, functions)
-                rewards = parts @ torch.tensor(args.reward_weights)  # (B,)
+                parts = watch.reward_parts(rows, args.rewards)  # (B, functions), NaN where a function gave no number
+                rewards = parts @ torch.tensor(args.reward_weights)  # (B,)  eq: r_i = sum_k w_k r_ik
                 first_rows = first_rows or rows
-                dull = [i for i, group in enumerate(rewards.view(P, G)) if group.amax() == group.amin()]
+                dull = [i for i, group in enumerate(group_advantages(rewards, G).view(P, G)) if not group.any()]
                 if attempt == args.refill or not dull:
                     break
                 refilled += len(dull)
@@ -869,7 +871,7 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
                 trained.update(p.prompt for p in problems)
 
         # ---- 3. compare each with its group ----
-        advantages = group_advantages(rewards, G, args.scale_rewards)  # (B,)
+        advantages = group_advantages(rewards, G, args.scale_rewards)  # (B,)  eq: A_i = (r_i - mean) / (std + 1e-4)
 
         # ---- 4. num_iterations optimizer steps, micro-batch by micro-batch ----
         learning_rate = learning_rate_at(step, total_steps, args)
@@ -884,7 +886,7 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
         state["skipped_steps"] += metrics["skipped"]
         metrics |= {"learning_rate": learning_rate, "epoch": done / steps_per_epoch}
         metrics |= {name: state[name] for name in ("num_tokens", "skipped_steps")}
-        state["recent_rewards"] = [*state["recent_rewards"], rewards.mean().item()][-10:]
+        state["recent_rewards"] = [*state["recent_rewards"], rewards.nanmean().nan_to_num().item()][-10:]
         rates = state["solve_rates"]  # as first drawn: refilling picks what is neither easy nor hopeless
         for task, solved in watch.solved_by_task(first_rows).items():
             rates[task] = 0.9 * rates.get(task, solved) + 0.1 * solved  # eq: p_k <- 0.9 p_k + 0.1 share of right ones
@@ -925,9 +927,14 @@ def main(args: Args) -> None:
     if not args.eval_only:
         check(args, run.world)
     problems += draw_held_out(args, "eval", args.task_eval_problems, excluded)
-    draws = [p for level in levels_of(args) for p in draw_mixture(stream(0, "lengths"), level, 200, excluded)]
-    longest = lm.check_context(args, config, tokenizer, [p.prompt for p in [*problems, *draws]])
-
+    validation, levels, pools = draw_held_out(args, "validation", 40, excluded), levels_of(args), []
+    for i, level in enumerate([] if args.eval_only or args.fresh else levels):
+        pools.append(draw_mixture(stream(args.seed, "problems", i), level, args.n_samples, excluded))
+    asked, rng = sum(pools, [*problems, *validation]), stream(0, "lengths")
+    if args.fresh:  # all it can draw, as far as lengths go; word problems have any length, so each counts
+        asked += [TASKS[task][0](rng, level) for level in levels for task in level.shares for _ in range(5000)]
+        asked += load_word_problems(args.word_problems) if "word_problems" in args.tasks else []
+    longest = lm.check_context(args, config, tokenizer, [p.prompt for p in asked])
     model = lm.load_model(args, run.world.device, run.checkpoint)
     probe.check(model, args, longest)
     with run.open(args):
@@ -935,7 +942,7 @@ def main(args: Args) -> None:
         if args.eval_only:
             watch.report(run, *evaluate(policy, problems, set(), args, run.world))
         else:
-            train(run, policy, args, problems, excluded)
+            train(run, policy, args, problems, pools, validation, excluded)
     sys.exit(run.exit_code)
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.language import watch
 from common.language.lm import micro_batches
 from grpo_arithmetic import completion_mask, group_advantages, grpo_loss
 
@@ -86,6 +87,55 @@ def test_equal_rewards_give_exactly_zero_advantage(value):
     """0.1 * 16 is no multiple of 0.1 in float32: a mean of equal numbers may differ from them by rounding."""
     for scale in ("group", "batch", "none"):
         assert (group_advantages(torch.full((16,), value), 16, scale) == 0).all()
+
+
+@pytest.mark.parametrize("missing", [math.nan, math.inf, -math.inf])
+def test_a_completion_without_a_reward_is_no_part_of_its_group(missing):
+    """Groups of 4, 3, 1 and 0 rewards: what is there has the advantages that it has alone, the rest 0."""
+    for scale in ("group", "none"):
+        for group in ([1, -1, 1, 0.5], [1, -1, 0.5, None], [None, 2, None, None], [None] * 4, [0.1, None, 0.1, 0.1]):
+            there = torch.tensor([r for r in group if r is not None], dtype=torch.float64)
+            expected = iter(group_advantages(there, len(there), scale).tolist() if len(there) > 1 else [0.0])
+            rewards = torch.tensor([missing if r is None else r for r in [1, 0, 0, 0, *group]], dtype=torch.float64)
+            found = group_advantages(rewards, 4, scale).tolist()
+            assert found[:4] == group_advantages(rewards[:4], 4, scale).tolist()  # another group's matter
+            assert found[4:] == pytest.approx([0.0 if r is None else next(expected) for r in group], abs=1e-12)
+            assert all(a == 0 for a, r in zip(found[4:], group) if r is None)
+    assert (group_advantages(torch.tensor([0.1, missing, 0.1, 0.1] * 4), 16) == 0).all()  # equal ones, in float32 too
+    batch = group_advantages(torch.tensor([1, 0, 0, 0, 1, missing, 1, 1, 0.5, -0.5, 1, missing]).double(), 4, "batch")
+    std = torch.tensor([1, 0, 0, 0, 1, 1, 1, 0.5, -0.5, 1]).double().std().item() + 1e-4
+    assert batch.tolist() == pytest.approx([x / std for x in (0.75, *[-0.25] * 3, *[0] * 4, 1 / 6, -5 / 6, 2 / 3, 0)])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-2, 2, width=32), min_size=8, max_size=8), st.sampled_from(["group", "batch", "none"]))
+def test_where_all_have_rewards_the_advantages_are_those_of_the_equation_to_the_bit(values, scale):
+    rewards = torch.tensor(values)
+    groups = rewards.view(2, 4)
+    spread = {"group": groups.std(1, keepdim=True) + 1e-4, "batch": rewards.std() + 1e-4, "none": 1.0}[scale]
+    expected = (groups - groups.mean(1, keepdim=True)) / spread
+    expected = expected.masked_fill(groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True), 0.0)
+    assert torch.equal(group_advantages(rewards, 4, scale), expected.view(-1))
+
+
+def test_metrics_of_rewards_leave_out_what_is_missing_and_count_it():
+    rows = [{"a": 1.0, "b": None}, {"a": -1, "b": 0.5}, {"a": math.nan, "b": 1}, {"a": 0.0, "b": math.inf}]
+    parts = watch.reward_parts(rows, ("a", "b"))
+    assert parts.dtype == torch.float32 and parts.isnan().tolist() == [
+        [False, True],
+        [False, False],
+        [True, False],
+        [False, True],
+    ]
+    rewards = parts @ torch.tensor([1.0, 2.0])
+    assert rewards.isnan().tolist() == [True, False, True, True] and rewards[1] == 0
+    metrics = {name: float(x) for name, x in watch.reward_metrics(rewards, parts, ("a", "b"), 2).items()}
+    expected = {"reward": 0, "reward_std": 0, "frac_reward_zero_std": 1, "rewards/a/mean": 0, "rewards/a/std": 1}
+    expected |= {"rewards/a/missing": 1, "rewards/b/mean": 0.75, "rewards/b/std": 0.125**0.5, "rewards/b/missing": 2}
+    assert metrics == pytest.approx(expected)
+    said = watch.alarms({f"train/{name}": x for name, x in metrics.items() if "zero" not in name})
+    assert list(said) == ["train/rewards/a/missing", "train/rewards/b/missing"]
+    assert "reward 'b' gave no finite number for 2 completions" in said["train/rewards/b/missing"]
 
 
 def test_the_first_end_token_is_trained_and_nothing_after_it():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import shutil
 import signal
@@ -10,7 +11,9 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, two_forks
@@ -37,6 +40,8 @@ def run(tmp_path, micro_model_folder, monkeypatch):
         if "resume" not in flags:
             settings |= SMALL
         settings = {k: v for k, v in (settings | flags).items() if "resume" not in flags or k in flags}
+        if "init_from" in flags and "model_name" not in flags:  # it says where the weights come from
+            del settings["model_name"]
         argv = ["grpo_arithmetic.py"]
         for name, value in settings.items():
             flag = "--" + name.replace("_", "-")
@@ -292,6 +297,58 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_keeps_the_weights(run, mon
     assert same(at[0], at[1]) and not same(at[1], at[2])
 
 
+def test_completions_without_a_reward_are_left_out_and_the_step_goes_on(run, monkeypatch, capsys):
+    """One NaN used to discard the whole step, and None ended in a traceback."""
+
+    def picky(text, problem):
+        return {0: None, 1: math.nan, 2: math.inf}.get(len(text) % 5, float(sum(map(ord, text)) % 7))
+
+    monkeypatch.setitem(grpo.REWARDS, "picky", picky)
+    _, folder = run(rewards=("binary", "picky"), epochs=1, log_completions=10**6)
+    table, logged = rows(folder, "completions"), [row for row in rows(folder) if "train/reward" in row]
+    for row in logged:
+        mine = [r for r in table if r["step"] == row["step"]]
+        missing = [r for r in mine if len(r["completion"]) % 5 < 3]
+        assert row["train/rewards/picky/missing"] == len(missing) > 0 == row["train/rewards/binary/missing"]
+        assert all(r["reward"] is r["picky"] is None and r["advantage"] == 0 for r in missing)
+        there = [r["reward"] for r in mine if r not in missing]
+        assert row["train/reward"] == pytest.approx(np.mean(there)) and any(r["advantage"] for r in mine)
+        assert row["train/skipped"] == 0 and np.isfinite(row["train/grad_norm"])
+    assert "reward 'picky' gave no finite number" in capsys.readouterr().out
+
+
+def test_every_length_that_can_be_asked_is_checked_before_the_model_is_loaded(run, monkeypatch, capsys):
+    """A tokenizer may take any number of tokens for a number: each operand is asked for, and the validation too."""
+    asked = []
+    monkeypatch.setattr(
+        lm, "check_context", lambda args, config, tokenizer, prompts: asked.extend(prompts) or sys.exit(9)
+    )
+    monkeypatch.setattr(lm, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert run(min_num=-7, max_num=30, operations="+/")[0] == 9
+    assert {f"Calculate: {a} + {a} = " for a in range(-7, 31)} <= set(asked)
+    assert {p.prompt for p in grpo.draw_bands(streams.stream(0, "validation problems"))} <= set(asked)
+    assert {p.prompt for p in grpo.load_problems(grpo.Args().eval_dataset)} <= set(asked)
+
+
+def test_the_longest_prompt_and_its_completion_just_fit(run, monkeypatch, capsys):
+    monkeypatch.setattr(lm, "load_model", lambda *_: sys.exit(9))
+    longest = len("Calculate: 12345678 + 12345678 = ")  # a character is a token of the micro model, its context 128
+    flags = dict(min_num=-3, max_num=12345678)
+    assert run(max_completion_length=128 - longest, **flags)[0] == 9
+    assert run(max_completion_length=129 - longest, **flags)[0] == 2
+    assert f"at most {128 - longest} new tokens fit" in capsys.readouterr().err
+
+
+def test_a_prompt_without_tokens_is_refused(capsys):
+    class Tokenizer:
+        def __call__(self, texts, add_special_tokens=True):
+            return SimpleNamespace(input_ids=[[1] * len(text.strip("\u200b")) for text in texts])
+
+    with pytest.raises(SystemExit):
+        lm.check_context(grpo.Args(), SimpleNamespace(), Tokenizer(), ["1 + 1", "\u200b"])
+    assert "has no tokens" in capsys.readouterr().err
+
+
 def test_a_batch_with_every_completion_truncated_is_left_out_if_asked(run, monkeypatch, micro_model_folder):
     monkeypatch.setattr(lm, "stop_token_ids", lambda *_: [263])  # beyond the tokenizer: never sampled
     _, folder = run(epochs=1, mask_truncated_completions=True)
@@ -372,6 +429,16 @@ BAD = [
     (dict(resume="no/such/run"), "does not exist"),
     (dict(resume=".", beta=0.5), "drop --beta"),
     (dict(init_from="no/such/run"), "does not exist"),
+    (dict(init_from=".", model_name=lm.TINY_MODEL + "/."), "leave out --model-name"),
+    (dict(rewards=("binary", "length", "binary")), "each once"),
+    (dict(rewards=("binary", "length"), reward_weights=(0.0, 0.0)), "no completion would be better"),
+    (dict(reward_weights=("nan",)), "--reward-weights[0] nan"),
+    (dict(beta=0.0, low_memory_reference=True), "nothing to keep"),
+    (dict(early_stopping_patience=2, eval_every=0), "counts evaluations"),
+    (dict(max_num=10**18), "at most 9 digits"),
+    (dict(min_num=-(2**70)), "at most 9 digits"),
+    (dict(n_samples=10**8, max_num=10**6), "--fresh"),
+    (dict(operations="/", max_num=0), "divided by 0"),
     (dict(learning_rate="fast"), "fast"),
     (dict(no_such_flag=1), "no-such-flag"),
 ]
@@ -393,7 +460,7 @@ def test_wrong_input_ends_in_one_helpful_line_and_exit_code_2(run, capfd, flags,
     [
         ("not json", "cannot be read"),
         ("", "holds no problems"),
-        ('{"question": "1 + 1", "answer": "2"}\n', "column 'prompt' is missing in 1 of 1"),
+        ('{"question": "1 + 1", "answer": "2"}\n', "row 1: prompt: is missing"),
         ("[1, 2]\n", "one JSON object a line"),
     ],
 )

@@ -17,6 +17,7 @@ from grpo_arithmetic import (
     REWARDS,
     Args,
     Level,
+    Problem,
     draw_bands,
     draw_batch,
     draw_unique,
@@ -195,6 +196,76 @@ def test_evaluation_metrics_split_by_band_operation_and_overlap():
     for name, value in metrics.items():
         if name + "_low" in metrics:
             assert metrics[name + "_low"] <= value <= metrics[name + "_high"]
+
+
+@pytest.mark.parametrize("completion", ["5", "5.7", "5.", "5,000", "5 * 3 = 15", "5/2", "5th", "5 or 6", "5\n7"])
+def test_what_follows_the_integer_is_not_looked_at(completion):
+    """Decided, and said in docs/grpo_arithmetic.md, section 4: an answer is what a completion starts with."""
+    page = (ROOT / "docs" / "grpo_arithmetic.md").read_text()
+    assert extract_answer(completion) == "5" and "`5.7`" in page and "`5 * 3 = 15`" in page
+    assert is_correct(completion, make_problem(10, "/", 2)) and not is_correct(completion, make_problem(5, "*", 3))
+
+
+def test_the_empty_text_is_never_correct_whatever_the_gold():
+    for gold in ("", " ", "0"):
+        problem = Problem("Calculate: ", gold)
+        assert not is_correct("", problem) and not is_correct(" \n", problem)
+        assert all(
+            REWARDS[name]("", problem) == -1.0 for name in ("binary", "partial_credit", "rich", "rich_exponential")
+        )
+
+
+ROW = {"prompt": "Calculate: 7 * 8 = ", "answer": "56"}
+WRONG_ROWS = [  # the row as it stands in the file, what the line must say
+    *(
+        (json.dumps(ROW | {"answer": gold}), f"answer {gold!r}")
+        for gold in ("1,000", 3.5, 56.0, None, [56], {"n": 56}, True)
+    ),
+    *(
+        (json.dumps(ROW | {"answer": gold}), f"answer {gold!r}")
+        for gold in ("", " ", " 56", "56 ", "56.0", "056", "-0", "+5")
+    ),
+    *(
+        (json.dumps(ROW | {"answer": gold}), f"answer {gold!r}")
+        for gold in ("five", "five six", "$5", "5%", "1_000", "٣", "5\n")
+    ),
+    ('{"prompt": "p", "answer": NaN}', "NaN is no JSON"),
+    ('{"prompt": "p", "answer": Infinity}', "Infinity is no JSON"),
+    ('{"prompt": "p", "answer": "1", "answer": "2"}', "prompt, answer comes twice"),
+    ('{"prompt": "p", "prompt": "q", "answer": "2"}', "prompt, answer comes twice"),
+    *(
+        (json.dumps(ROW | {"prompt": prompt}), f"prompt {prompt!r}")
+        for prompt in (None, 5, ["p"], "", " \n", "a\0b", "\ud800")
+    ),
+    ('{"answer": "2"}', "prompt: is missing"),
+    ('{"prompt": "p"}', "answer: is missing"),
+    (json.dumps(ROW | {"metadata": "add"}), "metadata 'add'"),
+    (json.dumps(ROW | {"metadata": {"operation": 1}}), "metadata.operation 1"),
+    (json.dumps(ROW | {"difficulty": 3}), "difficulty 3"),
+    ("[1, 2]", "one JSON object a line"),
+    ("null", "one JSON object a line"),
+    ('"text"', "one JSON object a line"),
+    ('{"prompt": "p", "answer', "cannot be read as JSONL"),
+    ("[" * 100_000, "cannot be read as JSONL"),
+    ('{"prompt": "p", "answer": 1' + "0" * 5000 + "}", "cannot be read as JSONL"),
+]
+
+
+@pytest.mark.parametrize("row, words", WRONG_ROWS, ids=[row[:60] for row, _ in WRONG_ROWS])
+def test_a_wrong_row_of_an_evaluation_file_is_refused_in_one_line_that_names_it(tmp_path, capsys, row, words):
+    path = tmp_path / "eval.jsonl"
+    path.write_text(f"{json.dumps(ROW)}\n\n{row}\n{json.dumps(ROW)}\n")
+    with pytest.raises(SystemExit) as stop:
+        load_problems(str(path))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and f"--eval-dataset '{path}', row 3" in err and words in err and err.count("\n") == 1
+
+
+def test_right_rows_of_an_evaluation_file_are_read(tmp_path):
+    path = tmp_path / "eval.jsonl"
+    rows = [ROW, ROW | {"answer": 56}, ROW | {"answer": -7, "metadata": None, "difficulty": None, "more": [1.5]}]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(row) for row in rows).encode())  # as some editors save it
+    assert [p.answer for p in load_problems(str(path))] == ["56", "56", "-7"]
 
 
 def test_is_correct_is_exact_text_equality_after_extraction():

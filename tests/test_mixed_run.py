@@ -204,6 +204,21 @@ def test_groups_are_replaced_at_any_length():
         (dict(batch_size=25), "multiple of"),
         (dict(tasks=("word_problems",), word_problems="nowhere.jsonl"), "nowhere.jsonl"),
         (dict(task_eval_problems=0), "at least 1"),
+        (dict(task_eval_problems=10**7), "at most 10000"),
+        (dict(proportions=(1.0, 1e-300, 1.0)), "1e-300"),
+        (dict(proportions=(1.0, 1e300, 1.0)), "1e+300"),
+        (dict(n_samples=10**8), "--fresh"),
+        (dict(max_num=10**10), "at most 9 digits"),
+        (dict(rewards=("binary", "binary")), "each once"),
+        (dict(curriculum="three_stage", operations="+-"), "sets the numbers itself"),
+        (dict(curriculum="dynamic", max_num=50), "sets the numbers itself"),
+        (dict(curriculum="tasks", dataset_type="small_numbers"), "sets the numbers itself"),
+        (dict(curriculum="tasks", tasks=("words",)), "several --tasks"),
+        (dict(curriculum="progressive", tasks=("words", "binary")), "changes none of --tasks words binary"),
+        (dict(tasks=("words", "letters"), max_num=50), "change none of --tasks words letters"),
+        (dict(sampling="adaptive", tasks=("words",)), "several --tasks"),
+        (dict(sampling="balanced", proportions=(1.0, 2.0, 3.0)), "leave out --proportions"),
+        (dict(word_problems="mine.jsonl"), "add it to --tasks"),
     ],
 )
 def test_bad_input_ends_in_one_line_before_a_model_is_loaded(run, capsys, monkeypatch, flags, words):
@@ -211,6 +226,65 @@ def test_bad_input_ends_in_one_line_before_a_model_is_loaded(run, capsys, monkey
     code, folder = run(**flags)
     message = capsys.readouterr().err
     assert code == 2 and words in message and message.count("\n") == 1 and folder is None
+
+
+def word_problems(path: Path, long: str, n: int = 400) -> str:
+    """A file of short questions; those of one split ("train", "validation", "eval"; "" for none) may be long."""
+    form = "Question: {}\nThink step by step, then write #### and the number.\nAnswer: "
+    with path.open("w") as file:
+        for i in range(n):
+            question = f"{i} + 1?"
+            while mixed.split_of(form.format(question)) == long and len(question) < 60:
+                question += " Say it." * 8  # may lead into another split: then it is as long in that one
+            file.write(json.dumps({"question": question, "answer": f"#### {i + 1}"}) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("long, fresh", [("", False), ("validation", False), ("eval", False), ("train", True)])
+def test_word_problems_longer_than_the_context_are_found_before_the_model_is_loaded(
+    run, monkeypatch, tmp_path, capsys, long, fresh
+):
+    monkeypatch.setattr(lm, "load_model", lambda *_: sys.exit(9))
+    source = word_problems(tmp_path / "problems.jsonl", long)
+    flags = dict(tasks=("word_problems",), word_problems=source, fresh=fresh, max_completion_length=40)
+    code, folder = run(**flags)
+    assert (code, folder) == (2 if long else 9, None)
+    err = capsys.readouterr().err
+    assert not long or "context of 128" in err and "Say it." in err and err.count("\n") == 1
+
+
+def test_fresh_word_problems_count_each_and_of_other_tasks_the_longest_are_drawn(run, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        lm, "check_context", lambda args, config, tokenizer, prompts: asked.extend(prompts) or sys.exit(9)
+    )
+    source = word_problems(tmp_path / "problems.jsonl", "")
+    tasks = ("arithmetic", "words", "letters", "comparison", "binary", "word_problems")
+    assert run(tasks=tasks, fresh=True, word_problems=source)[0] == 9
+    assert {p.prompt for p in mixed.load_word_problems(source)} <= set(asked)
+    words = "Count the words: " + "window " * 9 + "window. Answer: "  # no word is longer
+    for longest in ("Calculate: 20 + 20 = ", "Is 20 greater than 10? Answer yes or no: ", words):
+        assert max(len(prompt) for prompt in asked if prompt[:8] == longest[:8]) == len(longest)
+
+
+def test_a_gold_that_cannot_be_read_is_refused_before_a_model_is_loaded(run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(lm, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"question": "q", "answer": "#### 2"}\n{"question": "r", "answer": "#### twelve"}\n')
+    code, folder = run(tasks=("word_problems",), word_problems=path)
+    err = capsys.readouterr().err
+    assert code == 2 and folder is None and "row 2: no number after the last #### in '#### twelve'" in err
+
+
+def test_refilling_and_the_dynamic_curriculum_go_on_without_rewards(run, monkeypatch):
+    """Groups in which one completion or none has a reward have no spread: they are drawn again."""
+    monkeypatch.setitem(mixed.REWARDS, "binary", lambda text, problem: None)
+    code, folder = run(refill=1, curriculum="dynamic", epochs=1)
+    logged = [row for row in rows(folder) if "train/refilled_groups" in row]
+    assert code == 0 and all(
+        row["train/refilled_groups"] == 6 == row["train/rewards/binary/missing"] / 4 for row in logged
+    )
+    assert all(row["train/reward"] is None and row["train/frac_reward_zero_std"] == 1 for row in logged)
 
 
 def test_a_mixture_of_two_toy_tasks_is_learnt_at_once(run, monkeypatch):

@@ -1,7 +1,10 @@
 """The tasks of grpo_mixed.py: parsers, problems, the split, shares, and what a step draws."""
 
+import re
 from collections import Counter
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -94,22 +97,42 @@ BINARY = {
     "l01": "", "١٠١": "", "１０１": "", "": "", "  ": "", "?": "", "yes": "",
 }  # fmt: skip
 
-# word problems: the integer after the last ####
+# word problems: the number on the line after the last ####, in lowest terms
 FINAL = {
     "#### 8": "8", "####8": "8", "so 8\n#### 8": "8", "#### 8.": "8", "#### 8\n": "8", "####\n8": "8",
-    "####  8 apples": "8",
     "#### -8": "-8", "#### 1,234": "1234", "#### 1,234,567": "1234567", "#### 8, done": "8", "#### 8!": "8", "####\t8": "8",
-    "#### 8 9": "8", "#### 7\n#### 8": "8", "#### no\n#### 8": "8", "##### 8": "8", "######## 8": "8", "#### 8 ####": "",
-    "3 + 5 = 8 #### 8": "8", "#### 8)": "8", "#### 8%": "8", "#### 8-9": "8", "#### 8/2": "8", "#### 8 + 1": "8",
-    "#### 08": "08", "#### 0": "0", "#### -0": "-0", "text #### 8 #### 9": "9", "#### 8 ### 9": "8", "#### 8;": "8",
-    "#### 8\u00a0": "8", "#### 8.\n": "8", "#### 8 = eight": "8", "#### 8:": "8", '#### 8"': "8",
+    "#### 7\n#### 8": "8", "#### no\n#### 8": "8", "##### 8": "8", "######## 8": "8", "text #### 8 #### 9": "9",
+    "3 + 5 = 8 #### 8": "8", "#### 8)": "8", "#### 8;": "8", "#### 8:": "8", '#### 8"': "8", "#### 8\u00a0": "8",
+    "#### 8\n9": "8", "#### 8\n\nQuestion: 9?": "8", "####  8 apples": "8", "#### 8 apples.": "8", "#### 8…": "8",
+    # signs, zeros, decimals, fractions: as numbers
+    "#### +8": "8", "#### −8": "-8", "#### 08": "8", "#### 0": "0", "#### -0": "0", "#### -0.0": "0", "#### 8.0": "8",
+    "#### 8.50.": "17/2", "#### .8": "4/5", "#### -.5": "-1/2", "#### 8/2": "4", "#### 3/4": "3/4", "#### 0.75": "3/4",
+    "#### -6/8 cups": "-3/4", "#### 0/3": "0", "#### 1,234.50": "2469/2", "#### 12,345,678.90": "123456789/10",
+    # currency, percent (a unit), bold
+    "#### $8": "8", "#### \\$8": "8", "#### $ 8": "8", "#### -$8": "-8", "#### $-8": "-8", "#### 8$": "8", "#### 8 €": "8",
+    "#### £8.00": "8", "#### $8 per day": "8", "#### 8%": "8", "#### 8 %": "8", "#### 8 percent": "8",
+    "#### **8**": "8", "#### **8.**": "8", "#### **8** apples": "8", "#### **$1,000.00**": "1000", "#### **8 apples**": "8",
+    "#### 8 (eight)": "8", "#### 8 miles per hour": "8", "#### 8 km/h": "8", "#### 8 mile-long walks": "8",
+    # more than a number and its unit on the line: never read in part
+    "#### 8 9": "", "#### 8-9": "", "#### 8 + 1": "", "#### 8 = eight": "", "#### 8 ### 9": "", "#### 1, 2": "",
+    "#### 8 or 9": "", "#### 8:30": "", "#### 8 apples, 3 pears": "", "#### 8 * x": "", "#### 8*3": "", "#### 8**2": "",
+    "#### **8**2": "", "#### 8^2": "", "#### 8²": "", "#### 8½": "", "#### 8 ½": "", "#### 8 1/2": "",
+    "#### 8 and a half": "",
+    "#### 8 million": "", "#### 8 dozen eggs": "", "#### 8 k": "", "#### 2 thirds": "", "#### 8 八": "", "#### 8/0": "",
+    "#### 3/4/5": "", "#### 1.5/2": "", "#### 1.234.567": "", "#### 8.5.3": "", "#### 2024-01-02": "", "#### 8</b>": "",
+    # separators out of place
+    "#### 1,23": "", "#### 12,34": "", "#### 1,2345": "", "#### 1234,567": "", "#### 0,123": "", "#### 0,5": "",
+    "#### 1,234,56": "", "#### 1.234,5": "", "#### 1 234": "", "#### 1'234": "", "#### 1_234": "", "#### ,8": "",
+    # a unit stands behind a blank
+    "#### 1,234apples": "", "#### 8kg": "", "#### 8th": "", "#### 8a": "", "#### 8_": "", "#### 8e3": "", "#### 8x": "",
     # no number of its own
     "8": "", "### 8": "", "# # # # 8": "", "The answer is 8": "", "####": "", "#### ": "", "####\n": "", "#### eight": "",
-    "#### eight 8": "", "#### +8": "", "#### - 8": "", "#### --8": "", "#### $8": "", "#### (8)": "", "#### *8*": "",
-    "#### =8": "", "#### 8.5": "", "#### 8.0": "", "#### 8th": "", "#### 8a": "", "#### 8_": "",
-    "#### .8": "", "#### ８": "", "#### 8٣": "", "#### the 8": "", "#### 8 ####\n": "", "8 ####": "",
-    "#### x": "", "#### x = 8": "", "": "", "  ": "",
-    "#### 7\n####": "", "#### 8½": "", "＃＃＃＃ 8": "", "#### ,8": "", "#### ~8": "", "Answer: 8 ###": "",
+    "#### eight 8": "", "#### - 8": "", "#### --8": "", "#### (8)": "", "#### *8*": "", "#### =8": "", "#### $": "",
+    "#### ８": "", "#### 8٣": "", "#### the 8": "", "#### 8 ####": "", "#### 8 ####\n": "", "8 ####": "", "#### .": "",
+    "#### x": "", "#### x = 8": "", "": "", "  ": "", "#### ½": "", "#### nan": "", "#### inf": "", "#### 1e400": "",
+    "#### 7\n####": "", "＃＃＃＃ 8": "", "#### ~8": "", "Answer: 8 ###": "", "#### \\frac{3}{4}": "",
+    "#### \\boxed{8}": "",
+    "#### " + "8" * 101: "",
 }  # fmt: skip
 
 TABLES = {
@@ -164,8 +187,40 @@ def test_a_yes_is_a_first_word_without_a_no_and_the_other_way_round(text):
 def test_numerals_are_read_from_the_start_or_not_at_all(text):
     numeral = binary_numeral(text)
     assert set(numeral) <= set("01") and text.strip().startswith(numeral)
-    number = final_number(text)
-    assert not number or ("####" in text and number.lstrip("-").isdigit())
+
+
+@given(st.text(alphabet="0123456789  ,./-+$%*ax\u00bd", max_size=10))
+def test_no_number_is_read_in_part(text):
+    """Whatever is read is made of all the digits that are there, in one piece."""
+    if number := final_number(f"#### {text}"):
+        whole = re.fullmatch(r"[^0-9.]*([0-9.,/]*[0-9])[^0-9½]*", text)
+        assert abs(Fraction(number)) == Fraction(whole[1].replace(",", ""))
+
+
+@given(st.integers(-(10**9), 10**9), st.integers(0, 3))
+def test_equal_numbers_are_equal_texts(n, places):
+    value = Fraction(n, 10**places)
+    decimal = f"{Decimal(n).scaleb(-places):f}"
+    grouped = f"{Decimal(n).scaleb(-places):,f}"
+    for text in (
+        decimal,
+        grouped,
+        f"${grouped}",
+        f"**{decimal}**",
+        f"{grouped} euros.",
+        f"{n}/{10**places}",
+        f"{decimal}%",
+    ):
+        assert final_number(f"reasoning 1, 2\n#### {text}") == str(value), text
+
+
+def test_the_empty_text_is_never_correct_whatever_the_gold():
+    for task in TASKS:
+        for gold in ("", " ", "x"):
+            assert not is_correct("", Problem("", gold, task=task)) and not is_correct(
+                " ", Problem("", gold, task=task)
+            )
+            assert REWARDS["binary"]("", Problem("", gold, task=task)) == -1.0
 
 
 @given(st.integers(), st.text(alphabet="abc #\n", max_size=8))
@@ -373,15 +428,71 @@ def test_word_problems_are_read_from_a_file(tmp_path):
     assert train and not train & {p.prompt for p in draw_held_out(args, "eval", 100, set())}
 
 
+GOOD = '{"question": "q", "answer": "1 + 1 = 2\\n#### 2"}\n'
+
+
 @pytest.mark.parametrize(
-    "text, word", [('{"question": "q"}\n', "column 'answer'"), ("no json\n", "JSONL"), ("", "holds no")]
+    "text, words",
+    [
+        ('{"question": "q"}\n', "row 1: answer: is missing"),
+        ("no json\n", "row 1 cannot be read as JSONL"),
+        ("", "holds no"),
+        (GOOD + '\n{"question": "q", "answer": "it is 5"}\n', "row 3: no number after the last #### in 'it is 5'"),
+        (
+            GOOD + '{"question": "q", "answer": "#### 1.234,5"}\n',
+            "row 2: no number after the last #### in '#### 1.234,5'",
+        ),
+        (GOOD + '{"question": "q", "answer": "#### \\\\frac{3}{4}"}\n', "row 2: no number"),
+        (GOOD + '{"question": "q", "answer": ""}\n', "row 2: answer ''"),
+        (GOOD + '{"question": "q", "answer": 5}\n', "row 2: answer 5"),
+        (GOOD + '{"question": null, "answer": "#### 5"}\n', "row 2: question None"),
+        (GOOD + '{"question": " ", "answer": "#### 5"}\n', "row 2: question ' '"),
+        (
+            GOOD + '{"question": "q", "question": "r", "answer": "#### 5"}\n',
+            "row 2 cannot be read as JSONL: one of the keys",
+        ),
+    ],
 )
-def test_files_that_are_no_word_problems_are_refused(tmp_path, capsys, text, word):
+def test_files_that_are_no_word_problems_are_refused_with_their_row(tmp_path, capsys, text, words):
     path = tmp_path / "broken.jsonl"
     path.write_text(text)
     with pytest.raises(SystemExit) as stop:
         load_word_problems(str(path))
-    assert stop.value.code == 2 and word in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and words in err and err.count("\n") == 1
+
+
+class Hub:
+    """openai/gsm8k as the hub has it: two configs, and none is the default."""
+
+    rows = [
+        {"question": f"{i} and 1?", "answer": f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1:,}"}
+        for i in range(1500)
+    ]
+
+    @classmethod
+    def load_dataset(cls, name, config=None):
+        if name != "openai/gsm8k":
+            raise FileNotFoundError(f"Dataset '{name}' doesn't exist on the Hub or cannot be accessed.")
+        if config is None:
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']"
+            )
+        return {"test": cls.rows[:10], "train": cls.rows}
+
+
+def test_the_documented_word_problems_load_from_a_hub_by_their_config(monkeypatch, capsys):
+    monkeypatch.setattr("datasets.load_dataset", Hub.load_dataset)
+    load_word_problems.cache_clear()
+    page = (ROOT / "docs" / "grpo_mixed.md").read_text()
+    assert f"--word-problems {Args().word_problems} " in page
+    problems = load_word_problems(Args().word_problems)
+    assert [p.answer for p in problems] == [str(i + 1) for i in range(1500)]  # those of the training split
+    for source, reason in [("openai/gsm8k", "['main', 'socratic']"), ("no/such", "doesn't exist on the Hub")]:
+        with pytest.raises(SystemExit) as stop:
+            load_word_problems(source)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and reason in err and "OWNER/NAME[/CONFIG]" in err and err.count("\n") == 1
 
 
 def test_a_task_of_ones_own_is_two_functions_and_a_line(monkeypatch):

@@ -1,31 +1,105 @@
-"""Rows of a data set: from a JSONL file, or from the hub."""
+"""Rows of a data set, held against declared types: from a JSONL file, or from the hub."""
 
 import json
+import re
 from pathlib import Path
+from typing import Annotated, Any
 
-from common.cli import fail
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic_core import PydanticCustomError
+
+from common.cli import fail, in_words
 
 
-def read_rows(flag: str, source: str, columns: tuple[str, ...], splits: tuple[str, ...] = ("test",)) -> list[dict]:
-    """Rows of a JSONL file or a hub data set (the first of `splits` that it has, else its first) with these columns."""
-    hint = f"; a JSONL file with the columns {' and '.join(columns)} works without a network"
+def readable(text: str) -> str:
+    """A text that a tokenizer takes and a log can hold."""
+    if not text.strip():
+        raise PydanticCustomError("text", "must not be empty")
+    if "\0" in text or re.search("[\ud800-\udfff]", text):
+        raise PydanticCustomError("text", "must be without NUL and without half a character")
+    return text
+
+
+def integer(value: Any) -> str:
+    """56 or "56" -> "56": what a completion can equal. No 1,000, 56.0, 007, true."""
+    text = str(value) if type(value) is int else value
+    if not isinstance(text, str) or not re.fullmatch(r"0|-?[1-9][0-9]*", text):
+        raise PydanticCustomError("integer", 'must be an integer, plainly written, such as 56 or "56"')
+    return text
+
+
+Prompt = Annotated[str, AfterValidator(readable)]
+
+
+class Row(BaseModel):
+    """Other columns may be there and are left alone."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class Metadata(Row):
+    operation: str | None = None
+
+
+class EvalRow(Row):
+    prompt: Prompt
+    answer: Annotated[str, BeforeValidator(integer)]
+    difficulty: str | None = None
+    metadata: Metadata | None = None
+
+
+class WordProblem(Row):
+    question: Prompt
+    answer: Prompt
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object whose keys are all different."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"one of the keys {', '.join(found)} comes twice")
+    return found
+
+
+def no_number(name: str):
+    raise ValueError(f"{name} is no JSON")
+
+
+def read_rows(flag: str, source: str, schema: type[Row], splits: tuple[str, ...] = ("test",)) -> list[tuple[int, Any]]:
+    """(row number from 1, row as `schema`) of a JSONL file, whose rows are its lines, or of a data set on the hub.
+
+    On the hub: owner/name or owner/name/config, the first of `splits` that it has, else its first. Anything wrong ends
+    in one line that names the row.
+    """
+    columns = " and ".join(name for name, field in schema.model_fields.items() if field.is_required())
+    hint = f"; a JSONL file with the columns {columns} works without a network"
     if source.endswith((".jsonl", ".json")) or Path(source).exists():
         try:
-            rows = [json.loads(line) for line in Path(source).read_text().split("\n") if line.strip()]
+            lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
             fail(f"{flag} '{source}' cannot be read as JSONL: {error}{hint}")
+        rows = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
     else:
         import datasets
 
+        name, config = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:]) or None
         try:
-            found = datasets.load_dataset(source)
+            found = datasets.load_dataset(name, config)
         except Exception as error:  # the library raises a dozen kinds; each means the data are not to be had
-            reason = f"is neither a file nor a data set that can be downloaded ({type(error).__name__})"
-            fail(f"{flag} '{source}' {reason}{hint}")
-        rows = list(found[next((split for split in splits if split in found), next(iter(found)))])
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        fail(f"{flag} '{source}' holds no problems: one JSON object a line is expected")
-    for column in columns:
-        if missing := sum(column not in row for row in rows):
-            fail(f"{flag} '{source}': column '{column}' is missing in {missing} of {len(rows)} rows")
-    return rows
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            fail(f"{flag} '{source}' is neither a file nor a data set OWNER/NAME[/CONFIG] to be had ({reason}){hint}")
+        rows = enumerate(found[next((split for split in splits if split in found), next(iter(found)))], 1)
+    checked = []
+    for number, row in rows:
+        where = f"{flag} '{source}', row {number}"
+        try:
+            row = json.loads(row, object_pairs_hook=once, parse_constant=no_number) if isinstance(row, str) else row
+            if not isinstance(row, dict):
+                fail(f"{where} {repr(row)[:80]}: one JSON object a line is expected{hint}")
+            checked.append((number, schema.model_validate(row)))
+        except ValidationError as error:
+            fail(f"{where}: {in_words(error)}{hint}")
+        except (ValueError, RecursionError) as error:
+            fail(f"{where} cannot be read as JSONL: {error}{hint}")
+    if not checked:
+        fail(f"{flag} '{source}' holds no problems{hint}")
+    return checked

@@ -35,16 +35,38 @@ def alarms(metrics: dict[str, float], low_precision: bool = False) -> dict[str, 
     if low_precision:
         metrics = {name: x for name, x in metrics.items() if "sampling_logp_difference" not in name}
     logged = {name: metrics[f"train/{name}"] for name in ALARMS if f"train/{name}" in metrics}
-    return {name: f"{name} is {x:.3g}: {ALARMS[name][1]}" for name, x in logged.items() if ALARMS[name][0](x)}
+    found = {name: f"{name} is {x:.3g}: {ALARMS[name][1]}" for name, x in logged.items() if ALARMS[name][0](x)}
+    for name, count in metrics.items():
+        if name.startswith("train/rewards/") and name.endswith("/missing") and count:
+            text = (
+                f"reward {name.split('/')[2]!r} gave no finite number for {count:.0f} completions: their advantage is 0"
+            )
+            found[name] = text + ", their groups go on without them; see completions.jsonl"
+    return found
+
+
+def reward_parts(rows: list[dict], names: tuple[str, ...]) -> torch.Tensor:
+    """(B, functions) float32: what each reward function gave; NaN for None, NaN and infinity."""
+    parts = torch.from_numpy(np.array([[row[name] for name in names] for row in rows], dtype=np.float32))
+    return parts.masked_fill(~parts.isfinite(), torch.nan)
+
+
+def mean_and_std(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the finite ones among these."""
+    values = values[values.isfinite()]
+    return values.mean(), values.std() if len(values) > 1 else torch.zeros(())
 
 
 def reward_metrics(rewards: torch.Tensor, parts: torch.Tensor, names: tuple[str, ...], num_generations: int) -> dict:
     """rewards (B,) and their parts (B, functions) before weighting, of whole groups in consecutive rows."""
-    groups = rewards.view(-1, num_generations)  # (P, G)
-    metrics = {"reward": rewards.mean(), "reward_std": rewards.std()}
-    metrics["frac_reward_zero_std"] = (groups.amax(1) == groups.amin(1)).float().mean()
+    groups = [group[group.isfinite()] for group in rewards.view(-1, num_generations)]
+    mean, std = mean_and_std(rewards)
+    metrics = {"reward": mean, "reward_std": std}
+    metrics["frac_reward_zero_std"] = torch.tensor([len(group.unique()) < 2 for group in groups]).float().mean()
     for name, column in zip(names, parts.T):
-        metrics |= {f"rewards/{name}/mean": column.mean(), f"rewards/{name}/std": column.std()}
+        mean, std = mean_and_std(column)
+        metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": std}
+        metrics[f"rewards/{name}/missing"] = (~column.isfinite()).sum()
     return metrics
 
 
