@@ -770,6 +770,8 @@ def main(args: Args) -> None:
         used = held.val_episodes if args.eval_only else held.val_episodes + held.episodes
         cache_dir = Path(args.cache_dir or f"{args.output_dir}/frame_cache")
         data.open_frames(used, cache_dir, interface.about.cache_side, run.world)
+        if not args.eval_only:
+            data.describe_frames(held.rows)
     with run.open(args):
         model, adapters = load_model(args, stored, run)
         samples = Samples(data, model.config)

@@ -38,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from annotated_types import Interval
 from imageio.v3 import imread
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from common.checkpoint import trainer_file
 from common.cli import Count, Fraction, Name, Natural, NonNegative, Positive, Seed, Share, Text, fail, flag, parse
@@ -46,6 +46,7 @@ from common.parallel import World, clip_gradients, sum_gradients
 from common.robot import fetch, sim
 from common.robot.feature_cache import FeatureCache
 from common.robot.fetch_robot import Camera, FetchRobot, read_interface
+from common.robot.files import read_tensors
 from common.robot.gr00t_n15 import GR00T
 from common.robot.lora import load_adapters
 from common.robot.policy import GR00TArgs, Interface, save_policy, trained_parts
@@ -266,6 +267,9 @@ class Agent(nn.Module):
         self.register_buffer("embodiment_id", torch.tensor([embodiment]), persistent=False)
         self.register_buffer("prompt", prompt, persistent=False)
         self.amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+
+    def own_state(self) -> dict[str, torch.Tensor]:
+        return {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("model.")}
 
     def autocast(self):
         return torch.autocast(self.prompt.device.type, self.amp) if self.amp else nullcontext()
@@ -804,7 +808,8 @@ def load_agent(args: Args, interface: Interface, run: Run) -> tuple[Agent, Fetch
     prompt = torch.from_numpy(interface.tokens(robot.instruction))[None]
     agent = Agent(model, interface.embodiment, prompt, args).to(device)
     if run.checkpoint:
-        agent.load_state_dict(agent.state_dict() | load_file(trainer_file(run.checkpoint, "agent.safetensors")))
+        own = read_tensors(trainer_file(run.checkpoint, "agent.safetensors"), agent.own_state())
+        agent.load_state_dict(agent.state_dict() | own)
         load_adapters(adapters, run.checkpoint)
     return agent, robot, adapters
 
@@ -835,8 +840,7 @@ def train(run: Run, args: Args, interface: Interface) -> None:
     def write(folder: Path | None) -> dict:
         save_policy(folder, agent.model, adapters, {args.embodiment_tag: interface.metadata}, interface.about)
         if folder:
-            rest = {k: v.contiguous() for k, v in agent.state_dict().items() if not k.startswith("model.")}
-            save_file(rest, trainer_file(folder, "agent.safetensors"))
+            save_file(agent.own_state(), trainer_file(folder, "agent.safetensors"))
         return sim.save(folder, groups, carry, scaler, world)
 
     state = run.resume(state, optimizer)

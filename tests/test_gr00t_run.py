@@ -702,6 +702,22 @@ def test_what_is_wrong_with_a_checkpoint_is_found_before_it_is_loaded(run, tmp_p
             assert "missing: action_head.vlln.bias" in error
 
 
+def test_adapters_of_another_run_are_refused(tmp_path, capsys):
+    model = GR00T(GR00TConfig.lite())
+    adapters = add_lora(model, Args(lora_rank=2))
+    tensors = lora.adapter_tensors(adapters)
+    first = next(iter(tensors))
+    for damage in ({first: tensors[first][:-1].clone()}, {"x": torch.zeros(1)}):
+        save_file(tensors | damage, tmp_path / "lora.safetensors")
+        with pytest.raises(SystemExit):
+            lora.load_adapters(adapters, tmp_path)
+        assert f"another run's: {next(iter(damage))}" in capsys.readouterr().err
+    (tmp_path / "lora.safetensors").write_bytes(b"no")
+    with pytest.raises(SystemExit):
+        lora.load_adapters(adapters, tmp_path)
+    assert "lora.safetensors' cannot be read" in capsys.readouterr().err
+
+
 def test_other_checkpoints_and_tokenizers_are_refused(run, capsys, tmp_path):
     folder = run(**QUICK)[1]
     state = json.loads((folder / "last/trainer.json").read_text())

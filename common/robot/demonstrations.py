@@ -68,16 +68,23 @@ def make_metadata(sets: list[Episodes], config: DataConfig, weights: np.ndarray,
         facts = {"absolute": True, "rotation_type": None, "continuous": True, "shape": [1]}
         modalities["action"][PROGRESS] = facts
         statistics["action"][PROGRESS] = dict(zip(STATISTICS, ([1.0], [0.0], [0.5], [0.3], [0.0], [1.0])))
-    for key, column in sets[0].modality["video"].items():
-        if feature := sets[0].info["features"].get(column):
+    modalities["video"] = camera_facts(sets[0])
+    return {"statistics": statistics, "modalities": modalities, "embodiment_tag": tag}
+
+
+def camera_facts(episodes: Episodes) -> dict[str, dict]:
+    """What metadata.json says of the cameras, as info.json has it."""
+    found = {}
+    for key, column in episodes.modality["video"].items():
+        if feature := episodes.info["features"].get(column):
             shape = dict(zip(feature.get("names") or ("height", "width", "channel"), feature["shape"]))
             about = feature.get("video_info") or feature.get("info") or {}
-            modalities["video"][key] = {
+            found[key] = {
                 "resolution": [shape.get("width"), shape.get("height")],
                 "channels": shape.get("channel", shape.get("channels", 3)),
-                "fps": float(about.get("video.fps", sets[0].info.get("fps", 0))),
+                "fps": float(about.get("video.fps", episodes.info.get("fps", 0))),
             }
-    return {"statistics": statistics, "modalities": modalities, "embodiment_tag": tag}
+    return found
 
 
 def check_units(sets: list[Episodes], config: DataConfig, metadata: dict, source: str) -> None:
@@ -229,6 +236,15 @@ class Demonstrations:
             self.videos.append((places, paths))
         if world and world.main:
             world.gather([])
+
+    def describe_frames(self, rows: np.ndarray, count: int = 64) -> None:
+        """Notes what the policy sees: the size, and the mean colour of each camera over some of these rows."""
+        about = self.interface.about
+        if not about.image_mean:
+            some = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+            means = np.mean([self.frames(row).mean((1, 2)) for row in some], axis=0)  # (V, 3)
+            means = dict(zip(self.config.video, means.round(3).tolist()))
+            self.interface.about = about.model_copy(update=dict(image_size=self.interface.image_size, image_mean=means))
 
     def __getstate__(self) -> dict:
         """What a worker process gets."""

@@ -1,9 +1,12 @@
-"""Folders of models and data sets, and lines of JSON in them. What cannot be read ends in one line."""
+"""Folders of models and data sets, and tensors in them. What cannot be read ends in one line."""
 
 import re
 from pathlib import Path
 
+import torch
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from common.cli import fail
 from common.files import reason
@@ -30,6 +33,18 @@ def find_folder(name: str | Path, kind: str, hint: str, patterns: list[str] | No
     except Exception as error:  # offline, no such repository or revision, no permission
         reason = str(error).partition("\n")[0] or type(error).__name__
         fail(f"'{name}' is no folder here and could not be downloaded ({reason}); {hint}")
+
+
+def read_tensors(path: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A safetensors file that holds tensors of exactly these names, shapes and dtypes, or the program ends."""
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        fail(f"'{path}' cannot be read ({error}): missing, truncated or no safetensors file")
+    facts = [{(name, tuple(x.shape), x.dtype) for name, x in tensors.items()} for tensors in (found, like)]
+    if off := sorted({str(fact[0]) for fact in facts[0] ^ facts[1]}):
+        fail(f"'{path}' is another run's: {', '.join(off[:3])} missing, unexpected or of another shape or type")
+    return found
 
 
 def read_lines(path: Path, schema, hint: str = "") -> list:

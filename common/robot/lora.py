@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.checkpoint import trainer_file
+from common.robot.files import read_tensors
 from common.robot.gr00t_n15 import GR00T, group_of
 
 
@@ -89,7 +89,7 @@ def adapter_tensors(adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_adapters(adapters: dict[str, LoRALinear], folder: Path) -> None:
     """From a checkpoint's lora.safetensors."""
-    tensors = load_file(trainer_file(folder, "lora.safetensors")) if adapters else {}
+    tensors = read_tensors(trainer_file(folder, "lora.safetensors"), adapter_tensors(adapters)) if adapters else {}
     for name, adapter in adapters.items():
         for part, to in adapter.parts().items():
             to.copy_(tensors[f"{name}.{part}"])

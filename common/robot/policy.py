@@ -302,13 +302,13 @@ class Interface:
         """Takes picture size and tokenizer of the model; the token ids of these instructions are made at once."""
         self.image_size, self.pad_id, self.tokenizer = c.image_size, tokenizer.pad_token_id, tokenizer
         self.prompts, self.image_tokens, self.form = {}, c.tokens_per_image, form
+        self.vocabulary = c.instruction_vocab or c.eagle["text_config"]["vocab_size"]
         for text in instructions:
-            self.tokens(text)
+            if max(self.tokens(text), default=0) >= self.vocabulary:
+                fail(f"the tokenizer makes ids beyond the {self.vocabulary} of the model: --tokenizer is another one's")
 
     def fit(self, c: GR00TConfig, instructions: Iterable[str] = ()) -> None:
         """Prepares it for a model as policy.json says; what is wrong with its tokenizer ends the program."""
-        if self.config.video:
-            self.about = self.about.model_copy(update={"image_size": c.image_size})
         self.prepare(c, model_tokenizer(c, self.about.tokenizer), instructions, self.about.prompt_form)
 
     def read(self, observation: dict[str, Any]) -> tuple[list[np.ndarray], dict[str, np.ndarray], list[str], bool]:
@@ -344,6 +344,8 @@ class Interface:
     def tokens(self, instruction: str) -> np.ndarray:
         """The prompt's token ids."""
         if instruction not in self.prompts:
+            if len(self.prompts) > 10_000:  # a client that never says the same twice
+                self.prompts.clear()
             views = len(self.config.video)
             # a model without cameras (lite) reads the bare instruction
             words = transforms.prompt(instruction, views, self.image_tokens, self.form) if views else instruction
