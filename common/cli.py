@@ -18,7 +18,7 @@ import annotated_types
 import pydantic
 import tyro
 from tqdm import tqdm
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 # Bounds of a field stand beside it, as its type: `beta: NonNegative = 0.1`. NaN and infinity fit none.
 Count = Annotated[int, annotated_types.Ge(1)]
@@ -78,9 +78,11 @@ def in_words(error: pydantic.ValidationError) -> str:
 
 
 def schema_of(config_class):
-    """The types and bounds of a dataclass's fields, for pydantic: all of them, no others, NaN and infinity in none."""
-    hints = get_type_hints(config_class, include_extras=True)
-    schema = TypedDict(config_class.__name__, {f.name: hints[f.name] for f in dataclasses.fields(config_class)})
+    """The types and bounds of a dataclass's fields, for pydantic: no others, NaN and infinity in none, and all of them
+    but for those that need not be given (None)."""
+    hints, fields = get_type_hints(config_class, include_extras=True), dataclasses.fields(config_class)
+    kinds = {f.name: NotRequired[hints[f.name]] if f.default is None else hints[f.name] for f in fields}
+    schema = TypedDict(config_class.__name__, kinds)
     schema.__pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     return schema
 
