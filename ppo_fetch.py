@@ -624,8 +624,7 @@ def train(run: Run, args: Args) -> None:
     if args.compile:  # for acting as for the update, or in low precision the two would round differently
         agent.policy = torch.compile(agent.policy)
     act, videos = mean_actions(agent, world.device), Videos(run, args.capture_video)
-    state = {name: getattr(args, name) for name in POLICY}  # see `check_agent`
-    state |= {"steps": 0, "train_s": 0.0, "streak": 0, "base": {}, "last": {}, "recent": []}
+    state = {"steps": 0, "train_s": 0.0, "streak": 0, "base": {}, "last": {}, "recent": []}
     if args.eval_only:
         run.write(0, measure(run, 0, act, eval_envs, state, args))
         videos.film(0, record_video, act, args)
@@ -639,7 +638,8 @@ def train(run: Run, args: Args) -> None:
     def write(folder: Path | None) -> dict:
         if folder:
             save_file({k: v.contiguous() for k, v in agent.state_dict().items()}, folder / "model.safetensors")
-        return sim.save(folder, groups, carry, scaler, world)
+        # the settings of the policy: see `check_agent`
+        return {name: getattr(args, name) for name in POLICY} | sim.save(folder, groups, carry, scaler, world)
 
     state = run.resume(state, optimizer)
     if run.checkpoint:

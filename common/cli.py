@@ -12,13 +12,13 @@ import textwrap
 import threading
 import time
 import tokenize
-from typing import Annotated, NoReturn, get_type_hints
+from typing import Annotated, NoReturn, NotRequired, get_type_hints
 
 import annotated_types
 import pydantic
 import tyro
 from tqdm import tqdm
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 # Bounds of a field stand beside it, as its type: `beta: NonNegative = 0.1`. NaN and infinity fit none.
 Count = Annotated[int, annotated_types.Ge(1)]
@@ -78,8 +78,7 @@ def in_words(error: pydantic.ValidationError) -> str:
 
 
 def schema_of(config_class):
-    """The types and bounds of a dataclass's fields, for pydantic: no others, NaN and infinity in none, and all of them
-    but for those that need not be given (None)."""
+    """A dataclass's fields, their types and bounds, for pydantic: what is None by default may be missing, no other."""
     hints, fields = get_type_hints(config_class, include_extras=True), dataclasses.fields(config_class)
     kinds = {f.name: NotRequired[hints[f.name]] if f.default is None else hints[f.name] for f in fields}
     schema = TypedDict(config_class.__name__, kinds)

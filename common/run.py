@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -324,11 +325,9 @@ def check_parent(folder: Path) -> None:
     """A folder that exists or can be made."""
     try:
         nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        good = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-    except OSError:  # a name longer than any may be
-        good = False
-    if not good:
-        fail(f"--output-dir '{str(folder)[:80]}' is no folder to write to; the default is runs")
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        fail(f"--output-dir '{str(folder)[:80]}' cannot be written to ({error.strerror}); the default is runs")
 
 
 def locked(folder: Path):

@@ -277,6 +277,19 @@ def test_broken_files_of_a_run_folder_end_in_one_line_before_anything_is_changed
         assert what in refused(capsys, lambda: resumed(run)) and snapshot(run.folder) == before
 
 
+def test_a_config_may_lack_what_need_not_be_given_and_nothing_else(args, capsys):
+    """A flag that is new since the run, None by default, means what it meant before: nothing."""
+    run = toy(args)
+    path = run.folder / "config.json"
+    facts = json.loads(path.read_text())
+    del facts["args"]["resume"]
+    path.write_text(json.dumps(facts))
+    assert resumed(run).exit_code == 0
+    del facts["args"]["seed"]
+    path.write_text(json.dumps(facts))
+    assert "args.seed: is missing" in refused(capsys, lambda: resumed(run))
+
+
 def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(args, capsys):
     """A limit on the size of files stands in for the disk: the write fails in the same place."""
 
