@@ -74,8 +74,8 @@ class Watch:
             path, folder = EVENTS[event]
             self.seen(event, args[path], folder=None if folder is None else args[folder])
 
-    def open(self, opener, file, *args, **kwargs):
-        opened = opener(file, *args, **kwargs)
+    def open(self, plain_open, file, *args, **kwargs):
+        opened = plain_open(file, *args, **kwargs)
         if not isinstance(file, int) and opened.writable():
             opened.write = partial(self.write, opened.write, opened, file)
         return opened

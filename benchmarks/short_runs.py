@@ -134,7 +134,7 @@ def shrink(module) -> None:
     """What a run takes long for: the problems of evaluations, the lite model, figures."""
     cli.described_fields = described_fields
     plot.draw = lambda folders, script, out: [write_figure(out / "figure.png")]
-    if hasattr(module, "EVAL_BANDS"):
+    if isinstance(getattr(module, "EVAL_BANDS", None), dict):
         module.EVAL_BANDS |= {name: (2, level) for name, (_, level) in module.EVAL_BANDS.items()}
     if hasattr(module, "FRESH"):
         module.FRESH["lite"] = partial(module.FRESH["lite"], **SMALL_GR00T)

@@ -16,6 +16,7 @@ from torch.distributions import Normal
 import gr00t_finetune
 import ppo_fetch
 import ppo_gr00t as p
+from common.parallel import clip_gradients
 from common.robot.feature_cache import FeatureCache
 from common.robot.gr00t_n15 import GR00T, GR00TConfig, group_of
 from common.robot.lora import add_lora, merged
@@ -443,8 +444,10 @@ def full_size_step(config: GR00TConfig, device: str, args: Args) -> tuple[Agent,
 ONE_STEP = dict(num_envs=2, num_steps=1, num_minibatches=1, update_epochs=1, norm_adv=False, noisy_step="last")
 
 
-def test_the_full_size_model_takes_a_rollout_and_an_update_step_by_shape():
+def test_the_full_size_model_takes_a_rollout_and_an_update_step_by_shape(monkeypatch):
     """No memory: the meta device computes shapes only. 2.7 billion parameters, one camera."""
+    # whether a norm is finite is a number, which that device has not
+    monkeypatch.setattr(p, "clip_gradients", lambda *given: torch.ones_like(clip_gradients(*given), device="cpu"))
     agent, metrics = full_size_step(GR00TConfig(), "meta", replace(ARGS, **ONE_STEP))
     trained = {n: q for n, q in agent.model.named_parameters() if q.requires_grad}
     assert sum(q.numel() for q in trained.values()) == 1_068_806_144 and all(q.is_meta for q in trained.values())
