@@ -36,7 +36,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from annotated_types import Interval
+from annotated_types import Interval, MinLen
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -73,7 +73,7 @@ class Args(GR00TArgs, RunArgs):
     """optimizer steps between checkpoints, 0: only at the end"""
 
     # data
-    dataset_path: tuple[Text, ...] | None = None
+    dataset_path: Annotated[tuple[Text, ...], MinLen(1)] | None = None
     """LeRobot v2.0, v2.1, v3.0 folders or hub ids (user/name or user/name@revision); several make a mixture;
     default: the checkpoint's with --eval-only, assets/fetch_demos otherwise"""
     val_episodes: Natural | None = None

@@ -138,12 +138,6 @@ def starts(script: str, flag: str, source: str, *extra: str) -> Iterator[Case]:
 PAYLOAD = "from pathlib import Path\nPath(__file__).with_name('mark').touch()\nX = None\n"
 
 
-def evil(trainer: Path) -> None:
-    (trainer.parent / "payload.py").write_text(PAYLOAD)
-    old = json.loads(trainer.read_text()) if trainer.exists() else {}
-    trainer.write_text(json.dumps(old | {"args": old.get("args", {}) | {"data_config": "payload:X"}}))
-
-
 def policies(script: str, *extra: str) -> Iterator[Case]:
     """A GR00T with broken files."""
     metadata, tag = "experiment_cfg/metadata.json", "new_embodiment"
@@ -157,7 +151,7 @@ def policies(script: str, *extra: str) -> Iterator[Case]:
             *entries(tag, f"{tag}/statistics", state, f"{tag}/modalities", f"{state}/{key}/mean"),
         ]
         + entries(f"{state}/{key}/min", wrong={"short": [0.0], "words": ["a", "b", "c"], "NaN": [float("nan")] * 3}),
-        "**/trainer.json": [*texts(), ("module:NAME", evil), *entries("args", wrong={"null": None, "a list": []})],
+        "**/trainer.json": [*texts(), *entries("args", wrong={"null": None, "a list": []})],
         "model.safetensors": DAMAGED,
     }
     for name, spoil in spoilt("gr00t", files):

@@ -98,7 +98,7 @@ FLAGS = {
 """,
     "gr00t_finetune": """
 --model-path: '' | {here} | {here}/nowhere | {here}/file | {stock}/lm | a/b | Lite | {stock}/ppo_fetch
---model-path {stock}/gr00t: --no-tune-projector --no-tune-diffusion-model | --lora-rank 4 --tune-llm
+--model-path {stock}/gr00t: --lora-rank 4 --tune-llm
 --model-path {stock}/gr00t --eval-only: --embodiment-tag gr1
 --dataset-path: '' | {here} | {here}/nowhere | {here}/file | {stock}/lm | a/b | | {stock}/demos {here}/nowhere
 --data-config: '' | nonsense | nowhere:X | json:dumps | json: | :X | so100
@@ -125,7 +125,6 @@ FLAGS = {
 --noise-range: 0.2 0.1 | 0.1 | 0 1
 --sampler flow-noise --critic-warmup: 0
 --lora-full-model:
---no-tune-projector --no-tune-diffusion-model:
 --execute-steps: 17
 --num-minibatches: 3
 --total-timesteps: 10

@@ -154,7 +154,18 @@ def read_state(folder: Path, script: str) -> Trainer:
         fail(f"checkpoint '{folder}' cannot be read ({error}); {OTHER}")
     if differ := sorted({*found} ^ {*state.get("tensors", found)}):
         fail(f"checkpoint '{folder}': trainer.json and trainer.safetensors disagree about {differ[0]}; {OTHER}")
+    set_generators(folder, state)  # tried here, before a model is read
     return state
+
+
+def set_generators(folder: Path, state: Trainer) -> None:
+    try:
+        version, words, gauss = state["rng"]["python"]
+        random.setstate((version, tuple(words), gauss))
+        name, words, *rest = state["rng"]["numpy"]
+        np.random.set_state((name, np.array(words, dtype=np.uint32), *rest))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        fail(f"checkpoint '{folder}': its random generators cannot be restored ({error}); {OTHER}")
 
 
 def load_state(folder: Path, state: Trainer, optimizer: torch.optim.Optimizer) -> None:
@@ -165,21 +176,16 @@ def load_state(folder: Path, state: Trainer, optimizer: torch.optim.Optimizer) -
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
             shape = parameters[int(index)].shape if int(index) < len(parameters) else None
-            if value.shape not in ((), shape):  # a fused step would write beyond its memory
-                fail(f"checkpoint '{folder}': {key} is {tuple(value.shape)}, the weight {tuple(shape or ())}; {OTHER}")
+            if value.shape not in ((), shape) or not value.is_floating_point():  # a step would write beyond it
+                found = f"{key} is {value.dtype} {tuple(value.shape)}"
+                fail(f"checkpoint '{folder}': {found}, the weight {tuple(shape or ())}; {OTHER}")
             # a sharded parameter: each process takes its slice of what it has read
             slots.setdefault(int(index), {})[name] = like(value, parameters[int(index)])
     if state["step"] and not slots:
         fail(f"checkpoint '{folder}' has no optimizer.* tensors after {state['step']} steps; {OTHER}")
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-    try:
-        torch.set_rng_state(tensors["rng.torch"])
-        version, words, gauss = state["rng"]["python"]
-        random.setstate((version, tuple(words), gauss))
-        name, words, *rest = state["rng"]["numpy"]
-        np.random.set_state((name, np.array(words, dtype=np.uint32), *rest))
-    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        fail(f"checkpoint '{folder}': its random generators cannot be restored ({error}); {OTHER}")
+    torch.set_rng_state(tensors["rng.torch"])
+    set_generators(folder, state)
 
 
 def find_checkpoint(path: str, best: bool = False) -> Path:

@@ -24,8 +24,9 @@ def plain(value):
 
 def lines_until(path: Path, step: float) -> list[str]:
     """The lines of a JSONL file up to `step`, without the half one that a full disk may have left at the end."""
-    kept = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+    *lines, half = path.read_bytes().split(b"\n")
+    kept, begins = [], half[:9] == b'{"step": '[: len(half)]
+    for number, line in enumerate(lines if begins else [*lines, half], 1):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line.decode() + "\n")

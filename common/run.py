@@ -90,8 +90,6 @@ class Run:
         self.seconds: Counter = Counter()  # of this step, by what they were spent on: see `clock`
         self.warned: dict[str, int] = {}
 
-    # ---- beginning and end ----
-
     @contextlib.contextmanager
     def open(self, args) -> Iterator["Run"]:
         """Makes the run folder, or opens the one to continue. Logs, tracker and processes end with the block."""
@@ -142,8 +140,6 @@ class Run:
     def model_folder(self) -> Path:
         """The best checkpoint, or the last where none of this run's was the best."""
         return self.folder / ("best" if (self.folder / "best").exists() else "last")
-
-    # ---- the loop ----
 
     def steps(self, total: int) -> Iterator[int]:
         """0, 1, … total - 1, from where the checkpoint left off, with a progress bar; ends where the run does."""
@@ -219,8 +215,6 @@ class Run:
             command = f"uv run python {self.script.name} --resume {self.folder}"
             self.say(f"stopped at step {step * self.unit}; continue with: {command}")
 
-    # ---- checkpoints ----
-
     def save(self, step: int, state: dict, optimizer, write: Callable) -> None:
         """Writes checkpoints/step-…, links `last` and `best` to it, and prunes old ones.
 
@@ -264,11 +258,10 @@ class Run:
 
 def git_revision() -> str:
     root = Path(__file__).parent.parent
-    try:
+    with contextlib.suppress(OSError):
         out = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
         return out.stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
+    return "unknown"
 
 
 def versions() -> dict[str, str]:

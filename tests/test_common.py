@@ -146,10 +146,12 @@ def test_a_best_link_that_leads_nowhere_is_not_passed_over(tmp_path, capsys):
 def test_half_a_line_in_the_middle_of_a_log_is_named(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st{"step": 2}\n{"step": 3}\n')
     error = refused(capsys, lines_until, tmp_path / "metrics.jsonl", 9)
+    (tmp_path / "noise.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe not the half of a line')
+    assert "noise.jsonl', line 2" in refused(capsys, lines_until, tmp_path / "noise.jsonl", 9)
     assert "metrics.jsonl', line 2" in error
 
 
-@pytest.mark.parametrize("kind", ["another shape", "another count", "one moment missing", "none"])
+@pytest.mark.parametrize("kind", ["another shape", "integers", "another count", "one moment missing", "none"])
 def test_moments_that_do_not_fit_the_weights_are_refused_before_a_step_reads_beyond_them(tmp_path, capsys, kind):
     _, optimizer = trained_optimizer(1)
     folder = write_checkpoint(tmp_path, 1, optimizer)
@@ -157,6 +159,8 @@ def test_moments_that_do_not_fit_the_weights_are_refused_before_a_step_reads_bey
     tensors = load_file(file)
     if kind == "another shape":
         tensors["optimizer.0.exp_avg"] = torch.zeros(1)
+    elif kind == "integers":
+        tensors = {k: v.int() if "exp_avg" in k else v for k, v in tensors.items()}
     elif kind == "another count":
         names = ("step", "exp_avg", "exp_avg_sq")
         tensors |= {f"optimizer.7.{name}": tensors[f"optimizer.0.{name}"].clone() for name in names}
@@ -167,6 +171,14 @@ def test_moments_that_do_not_fit_the_weights_are_refused_before_a_step_reads_bey
         tensors = {k: v for k, v in tensors.items() if k.startswith("rng") or (gone and not k.endswith(gone))}
     save_file(tensors, file)
     assert "optimizer." in refused(capsys, loaded, tmp_path, trained_optimizer(1)[1])
+
+
+@pytest.mark.parametrize("rng", [{"numpy": []}, {"python": [3, [1], None], "numpy": []}, {"python": [], "numpy": []}])
+def test_generators_that_cannot_be_restored_are_noticed_before_a_model_is_read(tmp_path, capsys, rng):
+    folder = write_checkpoint(tmp_path, 1, trained_optimizer(1)[1])
+    state = json.loads((folder / "trainer.json").read_text()) | {"rng": rng}
+    (folder / "trainer.json").write_text(json.dumps(state))
+    assert "random generators" in refused(capsys, read_state, folder, "test")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"script": "te', '{"step": "three"}', '{"script": "test"}'])

@@ -143,7 +143,7 @@ def find_data_config(name: str, modality: dict) -> DataConfig:
         sys.path.insert(0, os.getcwd())
         try:
             config = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError) as error:
             fail(f"--data-config {name}: {error}")
         if not isinstance(config, DataConfig):
             fail(f"--data-config {name}: must be a common.robot.data_configs.DataConfig, not a {type(config).__name__}")

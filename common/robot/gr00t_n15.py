@@ -162,6 +162,7 @@ class GR00TConfig:
         head |= {f"{dit}.output_dim": self.hidden_size, f"{dit}.cross_attention_dim": self.vl_width}
         head |= {"backbone_embedding_dim": self.vl_width, "max_action_dim": self.action_dim}
         fixed = {f"action_head_cfg.{key}": value for key, value in head.items()}
+        fixed |= {"action_dim": self.action_dim, "action_horizon": self.action_horizon}  # said twice
         return fixed | {"model_type": "gr00t_n1_5", "backbone_cfg.project_to_dim": None}
 
     @classmethod
