@@ -223,6 +223,7 @@ def refused(capsys, start) -> str:
 
 def test_one_process_writes_into_a_folder(args, capsys):
     run, inside = toy(args), multiprocessing.get_context("fork").Event()
+    run.lock.close()  # as the end of its process would
 
     def hold():
         with open(run.folder / ".lock", "w") as file:
@@ -232,7 +233,7 @@ def test_one_process_writes_into_a_folder(args, capsys):
 
     child = multiprocessing.get_context("fork").Process(target=hold)
     child.start()
-    inside.wait(10)
+    assert inside.wait(10)
     before = snapshot(run.folder)
     assert "in use by another process" in refused(capsys, lambda: resumed(run))
     assert snapshot(run.folder) == before
