@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from common.cli import Count, Fraction, Natural, NonNegative, Positive, Several, Share, Temperature, Text, fail, parse
-from common.language import lm, probe, watch
+from common.language import checks, lm, probe, watch
 from common.language.data import EvalRow, read_rows
 from common.language.decode import Decoder, inverse_cdf, pad_right
 from common.language.lm import LMArgs, Policy, Reference
@@ -106,7 +106,7 @@ def resolve(args: Args, config, excluded: set[str]) -> Args:
     defaults |= {"epochs": 12 if small else 50, "learning_rate": 3e-4 if small else 5e-6}
     defaults["exp_name"] = f"grpo_{args.dataset_type}_b{args.batch_size}_g{args.num_generations}"
     args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
-    lm.check_operands(args, OPERATION_NAMES)
+    checks.operands(args, OPERATION_NAMES)
     if args.n_samples is None:
         problems = draw_unique(stream(0, "count"), level_of(args), 1000 if small else 100, excluded)
         args = replace(args, n_samples=len(problems))
@@ -115,7 +115,7 @@ def resolve(args: Args, config, excluded: set[str]) -> Args:
 
 def check(args: Args, world: World, excluded: set[str]) -> None:
     """Every wrong combination of flags ends here, before a model is loaded, in one line."""
-    lm.check_flags(args, world, REWARDS)
+    checks.flags(args, world, REWARDS)
     P, level = args.batch_size // args.num_generations, level_of(args)
     needed = P if args.fresh else args.n_samples
     if (found := len(draw_unique(stream(0, "count"), level, needed, excluded))) < needed:
@@ -683,7 +683,7 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
         rewards = parts @ torch.tensor(args.reward_weights)  # (B,)  eq: r_i = sum_k w_k r_ik
 
         # ---- 3. compare each with its group ----
-        advantages = group_advantages(rewards, G, args.scale_rewards)  # (B,)  eq: A_i = (r_i - mean) / (std + 1e-4)
+        advantages = group_advantages(rewards, G, args.scale_rewards)  # (B,)
 
         # ---- 4. num_iterations optimizer steps, micro-batch by micro-batch ----
         learning_rate = learning_rate_at(step, total_steps, args)
@@ -732,7 +732,7 @@ def main(args: Args) -> None:
     numbers = {int(x) for x in np.linspace(args.min_num, args.max_num, 1000)}  # every operand, or a thousand of them
     asked = [make_problem(a, op, a) for a in numbers for op in args.operations if op != "/" or a]
     asked += [*problems, *draw_bands(stream(0, "validation problems"))]
-    longest = lm.check_context(args, config, tokenizer, [p.prompt for p in asked])
+    longest = checks.context(args, config, tokenizer, [p.prompt for p in asked])
     model = lm.load_model(args, run.world.device, run.checkpoint)
     probe.check(model, args, longest)
     with run.open(args):

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from annotated_types import Interval
 
 from common.cli import Count, Fraction, Natural, NonNegative, Positive, Several, Share, Temperature, Text, fail, parse
-from common.language import lm, probe, watch
+from common.language import checks, lm, probe, watch
 from common.language.data import EvalRow, WordProblem, read_rows
 from common.language.decode import Decoder, inverse_cdf, pad_right
 from common.language.lm import LMArgs, Policy, Reference
@@ -124,14 +124,14 @@ def resolve(args: Args, config) -> Args:
     defaults |= {"epochs": 6 if small else 50, "learning_rate": 3e-4 if small else 5e-6}
     defaults["exp_name"] = f"grpo_{args.dataset_type}_b{args.batch_size}_g{args.num_generations}"
     args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
-    lm.check_mixture(args, TASKS, WITHOUT_NUMBERS)
-    lm.check_operands(args, OPERATION_NAMES, different=True)
+    checks.mixture(args, TASKS, WITHOUT_NUMBERS)
+    checks.operands(args, OPERATION_NAMES, different=True)
     return args
 
 
 def check(args: Args, world: World) -> None:
     """Every wrong combination of flags ends here, before a model is loaded, in one line."""
-    lm.check_flags(args, world, REWARDS)
+    checks.flags(args, world, REWARDS)
     if (P := args.batch_size // args.num_generations) > args.n_samples:
         fail(f"{P} prompts per step of only {args.n_samples} training problems; raise --n-samples")
 
@@ -871,7 +871,7 @@ def train(run: Run, policy: Policy, args: Args, eval_problems, pools, validation
                 trained.update(p.prompt for p in problems)
 
         # ---- 3. compare each with its group ----
-        advantages = group_advantages(rewards, G, args.scale_rewards)  # (B,)  eq: A_i = (r_i - mean) / (std + 1e-4)
+        advantages = group_advantages(rewards, G, args.scale_rewards)  # (B,)
 
         # ---- 4. num_iterations optimizer steps, micro-batch by micro-batch ----
         learning_rate = learning_rate_at(step, total_steps, args)
@@ -934,7 +934,7 @@ def main(args: Args) -> None:
     if args.fresh:  # all it can draw, as far as lengths go; word problems have any length, so each counts
         asked += [TASKS[task][0](rng, level) for level in levels for task in level.shares for _ in range(5000)]
         asked += load_word_problems(args.word_problems) if "word_problems" in args.tasks else []
-    longest = lm.check_context(args, config, tokenizer, [p.prompt for p in asked])
+    longest = checks.context(args, config, tokenizer, [p.prompt for p in asked])
     model = lm.load_model(args, run.world.device, run.checkpoint)
     probe.check(model, args, longest)
     with run.open(args):

@@ -93,7 +93,7 @@ class Args(SimArgs):
     max_grad_norm: NonNegative = 0.5  # gradient norm to clip to, 0: never
     hidden: Count | None = None  # width of the two hidden layers; default: by task
     log_std_init: Annotated[float, Interval(ge=-10, le=2)] = -0.5
-    """ initial log standard deviation of the actions, whose box is [-1, 1]"""
+    """initial log standard deviation of the actions, whose box is [-1, 1]"""
     normalize_obs: bool = True  # standardise observations by running statistics
     scale_rewards: bool = True  # divide rewards by the running standard deviation of the discounted return
     amp: Literal["off", "bf16", "fp16"] = "off"

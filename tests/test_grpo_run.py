@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 import grpo_arithmetic as grpo
 from common import streams
 from common.cli import parse
-from common.language import lm, watch
+from common.language import checks, lm, watch
 
 SMALL = dict(
     batch_size=16, num_generations=4, n_samples=8, epochs=4, max_completion_length=5, eval_samples=2, eval_every=4,
@@ -321,7 +321,7 @@ def test_every_length_that_can_be_asked_is_checked_before_the_model_is_loaded(ru
     """A tokenizer may take any number of tokens for a number: each operand is asked for, and the validation too."""
     asked = []
     monkeypatch.setattr(
-        lm, "check_context", lambda args, config, tokenizer, prompts: asked.extend(prompts) or sys.exit(9)
+        checks, "context", lambda args, config, tokenizer, prompts: asked.extend(prompts) or sys.exit(9)
     )
     monkeypatch.setattr(lm, "load_model", lambda *_: pytest.fail("a model was loaded"))
     assert run(min_num=-7, max_num=30, operations="+/")[0] == 9
@@ -345,7 +345,7 @@ def test_a_prompt_without_tokens_is_refused(capsys):
             return SimpleNamespace(input_ids=[[1] * len(text.strip("\u200b")) for text in texts])
 
     with pytest.raises(SystemExit):
-        lm.check_context(grpo.Args(), SimpleNamespace(), Tokenizer(), ["1 + 1", "\u200b"])
+        checks.context(grpo.Args(), SimpleNamespace(), Tokenizer(), ["1 + 1", "\u200b"])
     assert "has no tokens" in capsys.readouterr().err
 
 

@@ -17,7 +17,7 @@ from test_docs import documented_metrics
 import grpo_mixed as mixed
 from common import plot
 from common.cli import parse
-from common.language import lm
+from common.language import checks, lm
 
 EVAL = {p.prompt for p in mixed.load_problems(str(ROOT / "assets" / "arithmetic_eval.jsonl"))}
 SMALL = dict(
@@ -256,7 +256,7 @@ def test_word_problems_longer_than_the_context_are_found_before_the_model_is_loa
 def test_fresh_word_problems_count_each_and_of_other_tasks_the_longest_are_drawn(run, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(
-        lm, "check_context", lambda args, config, tokenizer, prompts: asked.extend(prompts) or sys.exit(9)
+        checks, "context", lambda args, config, tokenizer, prompts: asked.extend(prompts) or sys.exit(9)
     )
     source = word_problems(tmp_path / "problems.jsonl", "")
     tasks = ("arithmetic", "words", "letters", "comparison", "binary", "word_problems")
