@@ -354,7 +354,10 @@ class Interface:
 
     def see(self, observation: dict[str, Any]) -> dict[str, torch.Tensor]:
         """What the model sees of an observation, see `batch`."""
-        frames, state, texts, _ = self.read(observation)
+        return self.seen(*self.read(observation)[:3])
+
+    def seen(self, frames: list[np.ndarray], state: dict[str, np.ndarray], texts: list[str]) -> dict[str, torch.Tensor]:
+        """The same of what `read` has found in it."""
         images = [self.images(pictures[:, None]) for pictures in frames]  # of each camera
         return self.batch(self.state(state), texts, torch.stack(images, dim=1).flatten(0, 1) if images else None)
 
@@ -451,9 +454,8 @@ class Policy:
             fail(f"embodiment tag '{embodiment_tag}' is unknown; there are {', '.join(EMBODIMENTS)}")
         stored = read_stored(str(folder))
         interface = stored.interface(stored.acts(data_config, embodiment_tag, tokenizer))
-        interface.fit(
-            GR00T.plan(stored.folder)[0].config
-        )  # what is wrong with the files is found before they are loaded
+        # what is wrong with the files is found before they are loaded
+        interface.fit(GR00T.plan(stored.folder)[0].config)
         amp = device != "cpu" and torch.cuda.is_available()
         model = GR00T.from_pretrained(
             stored.folder, device="cuda" if amp else "cpu", backbone_dtype=torch.bfloat16 if amp else torch.float32
@@ -469,8 +471,8 @@ class Policy:
         seed: of x_0; the same seed and observation give the same actions. None: torch's generator.
         What is missing, unknown or of another shape, type or range: ValueError, in one line.
         """
-        *_, texts, batched = self.interface.read(observation)
-        chunk = self.chunk(self.interface.see(observation), self.noise(len(texts), seed)).numpy()
+        *found, batched = self.interface.read(observation)
+        chunk = self.chunk(self.interface.seen(*found), self.noise(len(found[2]), seed)).numpy()
         if not np.isfinite(chunk).all():
             raise ValueError("the policy's actions are not finite: its weights are damaged")
         actions = {f"action.{key}": x for key, x in self.interface.decode(chunk).items()}
