@@ -342,9 +342,6 @@ class FetchVec(VectorEnv):
 #
 # `obs` is a dictionary as FetchVec returns it; N environments, distances in metres.
 
-OBSERVATION_MODES = ("observation", "observation_goal", "full", "delta")
-REWARD_MODES = ("sparse", "dense", "distance", "shaped")
-
 
 def flatten(obs: dict[str, np.ndarray], mode: str) -> np.ndarray:
     """(N, D) float32. observation: the state, D = 10 (Reach) or 25; observation_goal: and the goal (13 / 28); full: and
