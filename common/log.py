@@ -36,8 +36,8 @@ def lines_until(path: Path, step: float) -> list[str]:
 
 
 def watched(items: Sequence, what: str):
-    """The items, with a progress bar (of the first process) if they take long."""
-    return tqdm(items, what, leave=False, delay=3, dynamic_ncols=True, disable=os.environ.get("RANK", "0") != "0")
+    """The items, with a progress bar (of the first process, on a terminal: None) if they take long."""
+    return tqdm(items, what, leave=False, delay=3, disable=os.environ.get("RANK", "0") != "0" or None)
 
 
 class Logger:
