@@ -119,6 +119,13 @@ def head_fixture(device="cpu"):
     return model, batch, tensors, facts["expected"]
 
 
+def test_a_config_derived_from_the_published_one_may_keep_its_sizes_above_those_of_the_head():
+    config = GR00TConfig.tiny(**SMALL).to_json() | {"action_dim": 32, "action_horizon": 16}
+    found = GR00TConfig.from_json(config, GR00TConfig.tiny().eagle)
+    assert (found.action_dim, found.action_horizon) == (6, 8)
+    assert (found.to_json()["action_dim"], found.to_json()["action_horizon"]) == (6, 8)
+
+
 @needs_fixtures
 @pytest.mark.parametrize("device", DEVICES)
 def test_head_fixture_velocity_loss_gradients_and_samples(device):
@@ -656,6 +663,7 @@ FAULTS = {  # how a folder is damaged -> what the one line must say
         ["diffusion_model_cfg.num_layers 1000000000: must be at most 1000"],
     ),
     "a horizon beyond the positions": (head_config(action_horizon=65), ["max_seq_len is 64, not 65"]),
+    "another size above": (lambda f: edit_config(f, lambda c: c.update(action_dim=7)), ["action_dim is 7, not 32"]),
     "heads that do not divide": (
         lambda f: edit_config(f, lambda c: c["vision_config"].update(num_attention_heads=7), "eagle_config.json"),
         ["no model can be built"],

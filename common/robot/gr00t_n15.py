@@ -162,7 +162,7 @@ class GR00TConfig:
         head |= {f"{dit}.output_dim": self.hidden_size, f"{dit}.cross_attention_dim": self.vl_width}
         head |= {"backbone_embedding_dim": self.vl_width, "max_action_dim": self.action_dim}
         fixed = {f"action_head_cfg.{key}": value for key, value in head.items()}
-        fixed |= {"action_dim": self.action_dim, "action_horizon": self.action_horizon}  # said twice
+        fixed |= {key: getattr(self, key) for key in SAID_TWICE}
         return fixed | {"model_type": "gr00t_n1_5", "backbone_cfg.project_to_dim": None}
 
     @classmethod
@@ -183,7 +183,9 @@ class GR00TConfig:
         except ValidationError as error:
             name, _, rest = in_words(error).partition(" ")
             fail(f"config.json is not that of a GR00T N1.5 checkpoint: {PLACES.get(name, name)} {rest}")
-        wrong = [(place, get(config, place, want), want) for place, want in found.fixed().items()]
+        # the head goes by its own sizes: a configuration derived from the published one may keep that one's above
+        kept = {key: getattr(found, key) for key in SAID_TWICE if config.get(key) == getattr(cls, key)}
+        wrong = [(place, get(config | kept, place, want), want) for place, want in found.fixed().items()]
         wrong += [(key, found.eagle[key], EAGLE[key]) for key in ("use_pixel_shuffle", "mlp_connector_layers")]
         wrong += [("max_seq_len", found.max_seq_len, max(found.max_seq_len, found.action_horizon))]
         if not found.instruction_vocab:
@@ -226,6 +228,7 @@ PLACES = {  # field of GR00TConfig -> where config.json has it
 }
 SAME_NAME = "action_dim action_horizon max_seq_len hidden_size num_timestep_buckets noise_beta_alpha noise_beta_beta"
 PLACES |= {name: f"action_head_cfg.{name}" for name in [*SAME_NAME.split(), "noise_s", "num_inference_timesteps"]}
+SAID_TWICE = ("action_dim", "action_horizon")  # at the top of config.json too
 OPTIONAL = {"num_embodiments", "max_seq_len", "instruction_vocab", "mask_padding"}  # absent from the published file
 BOTH_STACKS = {"final_dropout": True, "positional_embeddings": None}
 PUBLISHED = {  # keys of the published file that nothing here depends on
