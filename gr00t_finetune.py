@@ -151,7 +151,7 @@ RECIPES = {
 }
 FIGURES = 3  # held-out episodes that are drawn
 EVALUATION = 0  # seed of the noise in evaluations, whatever --seed is
-FRESH = {"tiny": partial(GR00TConfig.tiny, patch_size=16), "lite": GR00TConfig.lite}  # 16 tokens a picture
+FRESH = {"tiny": partial(GR00TConfig.tiny, patch_size=16, vocab_size=280), "lite": GR00TConfig.lite}
 
 
 def resolve(args: Args) -> Args:

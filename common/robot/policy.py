@@ -220,7 +220,10 @@ def model_tokenizer(c: GR00TConfig, source: str | None = None):
     """The tokenizer of a model: the one of --tokenizer, the bundled one of tiny and lite, or the published one."""
     toy = c.instruction_vocab or c.image_token_index == GR00TConfig.tiny().image_token_index
     default = str(ROOT / "assets" / "tiny-qwen2") if toy else "lerobot/eagle2hg-processor-groot-n1p5"
-    return transforms.load_tokenizer(source or default, None if c.instruction_vocab else c.image_token_index)
+    if c.instruction_vocab:
+        return transforms.load_tokenizer(source or default, None)
+    framed = toy and c.eagle["text_config"]["vocab_size"] > 272  # tiny models of before have no rows for it
+    return transforms.load_tokenizer(source or default, c.image_token_index, framed)
 
 
 def trained_parts(model: GR00T, args: GR00TArgs) -> dict[str, LoRALinear]:

@@ -256,6 +256,7 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
 
 IMAGE_TOKENS = ("<IMG_CONTEXT>", "<img>", "</img>")
 EAGLE_TOKENS = (*IMAGE_TOKENS, "<box>", "</box>", "<quad>", "</quad>", "<ref>", "</ref>", "<interval>", "</interval>")
+FRAME = ("system\nYou are a helpful assistant.", "user\n", "assistant\n", "<image 1>", "<image 2>", "<image 3>")
 
 
 def prompt(instruction: str, views: int, image_tokens: int, form: str = "plain") -> str:
@@ -268,8 +269,12 @@ def prompt(instruction: str, views: int, image_tokens: int, form: str = "plain")
     )
 
 
-def load_tokenizer(source: str, image_token_id: int | None):
-    """A Qwen tokenizer with the image tokens; `image_token_id` is what the model takes for a place of an image."""
+def load_tokenizer(source: str, image_token_id: int | None, frame: bool = False):
+    """A Qwen tokenizer with the image tokens; `image_token_id` is what the model takes for a place of an image.
+
+    frame: one id more for each piece of the chat text around an instruction, half of what a model that reads bytes
+    would have to read.
+    """
     from transformers import Qwen2Tokenizer
 
     try:
@@ -284,6 +289,8 @@ def load_tokenizer(source: str, image_token_id: int | None):
         )
     # a plain Qwen3 tokenizer lacks these: appended in this order they get the ids the model was trained with
     tokenizer.add_special_tokens({"additional_special_tokens": list(EAGLE_TOKENS)})
+    if frame:
+        tokenizer.add_tokens(list(FRAME))
     found = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     if image_token_id is not None and found != image_token_id:
         fail(f"tokenizer '{source}' gives <IMG_CONTEXT> the id {found}, the model expects {image_token_id}")
