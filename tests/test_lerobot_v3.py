@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +35,18 @@ def pictures(camera: str, episode: int) -> np.ndarray:
     return rng.integers(0, 256, (LENGTHS[episode], *SIZES[camera], 3), dtype=np.uint8)
 
 
-def encode(file: Path, shots: np.ndarray) -> None:
+LOSSLESS = {"qp": "0", "g": "250", "bf": "3", "b-adapt": "0"}
+
+
+def encode(file: Path, shots: np.ndarray, codec="libx264rgb", options=LOSSLESS) -> None:
     """Lossless, with one keyframe at the start and frames that are stored out of order."""
     import av
 
     file.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(file), "w") as out:
-        stream = out.add_stream("libx264rgb", rate=FPS, options={"qp": "0", "g": "250", "bf": "3", "b-adapt": "0"})
-        stream.height, stream.width, stream.pix_fmt = *shots.shape[1:3], "rgb24"
+        stream = out.add_stream(codec, rate=FPS, options=dict(options))
+        stream.height, stream.width = shots.shape[1:3]
+        stream.pix_fmt = "rgb24" if codec == "libx264rgb" else "yuv420p"
         for shot in shots:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(shot, format="rgb24")))
         out.mux(stream.encode())
@@ -249,9 +254,47 @@ def test_a_run_does_not_tell_v2_from_v3(tmp_path, monkeypatch):
     assert found[0] == found[1] and len(found[0]) >= 2
 
 
+def test_recordings_as_lerobot_makes_them_are_read_frame_by_frame(tmp_path, monkeypatch):
+    """AV1, a keyframe every second frame, 640 x 480, two cameras; the oracle decodes whole files."""
+    import av
+
+    monkeypatch.setitem(SIZES, "front", (480, 640))
+    monkeypatch.setitem(SIZES, "wrist", (480, 640))
+    monkeypatch.setattr("test_lerobot_v3.encode", partial(encode, codec="libsvtav1", options=dict(preset="12", g="2")))
+    root = write_v3(tmp_path / "robot")
+    for camera, shots in zip(SIZES, cached(read(root), list(range(5)), tmp_path / "cache")):
+        for number, inside in enumerate(CUTS[camera]):
+            with av.open(str(root / f"videos/observation.images.{camera}/chunk-000/file-{number:03d}.mp4")) as file:
+                whole = iter([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+            for e in inside:
+                first = sum(LENGTHS[:e])
+                assert all((next(whole) == shot).all() for shot in shots[first : first + LENGTHS[e]])
+
+
+def test_a_thousand_episodes_with_gaps_keep_their_order(tmp_path):
+    root, kept = write_v3(tmp_path / "robot", kind="image"), [e for e in range(1200) if e % 7]
+    columns = {name: np.repeat(kept, 2) for name in ("episode_index", "task_index")}
+    vectors = pa.array(list(np.repeat(kept, 2)[:, None] * np.ones(8)), pa.list_(pa.float64()))
+    columns |= {"observation.state": vectors, "action": vectors, "timestamp": np.tile([0.0, 0.1], len(kept))}
+    columns["task_index"] %= 2
+    table, (file, *others) = pa.table(columns), sorted((root / "data").rglob("*.parquet"))
+    pq.write_table(table, file, row_group_size=500)
+    entries = [{"episode_index": e, "length": 2, "tasks": [TASKS[e % 2]], "data/chunk_index": 1} for e in kept]
+    entries = [entry | {"data/file_index": 0} for entry in entries]
+    meta, other = sorted((root / "meta/episodes").rglob("*.parquet"))
+    pq.write_table(pa.Table.from_pylist(entries), meta)
+    for path in (*others, other):
+        path.unlink()
+    found = lerobot.read_episodes(root, "task", lambda text: None)
+    assert found.ids == kept and (found.columns["action"][:, 0] == np.repeat(kept, 2)).all()
+    assert (found.starts == np.arange(0, 2 * len(kept) + 1, 2)).all()
+
+
 @shared
 def test_lerobots_reader_agrees(tmp_path):
-    modules = [f"{package}.datasets.lerobot_dataset" for package in ("lerobot", "ledataset")]  # the reader alone: the second
+    modules = [
+        f"{package}.datasets.lerobot_dataset" for package in ("lerobot", "ledataset")
+    ]  # the reader alone: the second
     if not (found := [name for name in modules if importlib.util.find_spec(name.partition(".")[0])]):
         pytest.skip("neither lerobot nor lerobot-dataset is installed")
     reader = importlib.import_module(found[0])
