@@ -1,15 +1,19 @@
-"""ppo_fetch.py against stable-baselines3's PPO and a cleanRL-style loop on FetchReach, dense reward.
+"""ppo_fetch.py against stable-baselines3's PPO and a cleanRL-style loop: FetchReach, or Gymnasium's classic control.
 
 Every contender runs in a process of its own, one after the other, seed by seed, so that a machine whose speed drifts
 drifts under all of them. All are measured alike: after every 1,600 env steps or so, 100 episodes of the mean action with
 fixed seeds; evaluation time does not count. Reported: env steps and seconds until 95 % succeed, steps a second.
 
     uv run --group bench python benchmarks/ppo_vs_peers.py --out docs/results/ppo_fetch/peers.jsonl
+    uv run --group bench python benchmarks/ppo_vs_peers.py --suite classic --out docs/results/ppo_fetch/classic.jsonl
 
     ours              ppo_fetch.py as it is
     sb3               its PPO for dictionaries, 8 x 1024, batch 256, 10 epochs, gamma 0.99, lr 3e-4
     sb3, our settings the same class with our observations, normalisation and hyperparameters: what the code itself costs
     cleanrl-style     1 x 2048, 32 minibatches, a time limit counts as the end, one normaliser per environment
+
+The classic suite asks for the return of 50 such episodes after as many env steps for all, every 8,192 or so: ours, and
+sb3 at its defaults (1 x 2048, batch 64, 10 epochs, gamma 0.99, lr 3e-4 throughout). `--flags` are added to ours.
 """
 
 import json
@@ -20,7 +24,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,13 +40,18 @@ from common.robot import fetch
 from common.robot.fetch import FetchVec
 
 EVAL_EVERY = 1_600  # env steps
+EPISODES = 50  # of an evaluation of the classic suite
 STEPS = {"ours": 12_000, "sb3": 80_000, "sb3, our settings": 24_000, "cleanrl-style": 80_000}
+CLASSIC = {"CartPole-v1": 100_000, "Acrobot-v1": 100_000, "Pendulum-v1": 200_000}  # env steps of a run
 
 
 @dataclass
 class Args:
+    suite: Literal["fetch", "classic"] = "fetch"  # steps to success, or return after as many steps
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds of every contender
-    only: tuple[str, ...] = tuple(STEPS)  # contenders to run
+    only: tuple[str, ...] = ()  # contenders to run; default: all
+    envs: tuple[str, ...] = tuple(CLASSIC)  # environments of the classic suite
+    flags: str = ""  # flags of ours in the classic suite, in one string
     out: str | None = None  # JSONL file for the curves
     child: str | None = None  # (used by the benchmark itself) run one contender and print its curve as JSON
 
@@ -210,6 +220,99 @@ def cleanrl_style(seed: int) -> list[dict]:
     return curve.rows
 
 
+# ---- classic control -------------------------------------------------------------------------------------------------
+
+
+def ours_classic(seed: int, env_id: str, flags: str) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "ppo_fetch.py"), "--env-id", env_id, "--env-backend", "gymnasium"]
+        command += ["--seed", str(seed), "--total-timesteps", str(CLASSIC[env_id]), "--eval-episodes", str(EPISODES)]
+        command += ["--no-capture-video", "--output-dir", folder]
+        every = "--eval-every" not in flags and ["--eval-every", "4"] or []
+        done = subprocess.run([*command, *every, *flags.split()], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr[-2000:])
+        (run,) = Path(folder, "ppo_fetch").iterdir()
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {"steps": r["step"], "seconds": r.get("time/train_s", 0.0), "return": r["eval/episodic_return"]}
+        for r in rows
+        if "eval/episodic_return" in r
+    ]
+
+
+def sb3_classic(seed: int, env_id: str, flags: str) -> list[dict]:
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    torch.set_num_threads(1)
+    start, paused, rows = time.time(), 0.0, []
+    model = PPO("MlpPolicy", env_id, seed=seed, device="cpu")
+
+    def measure(steps: int) -> None:
+        nonlocal paused
+        pause = time.time()
+        returns = []
+        for i in range(EPISODES):
+            env, ended, total = gym.make(env_id), False, 0.0
+            obs, _ = env.reset(seed=100_000 + i)
+            while not ended:
+                obs, reward, terminated, truncated, _ = env.step(model.predict(obs, deterministic=True)[0])
+                total, ended = total + float(reward), terminated or truncated
+            returns.append(total)
+        rows.append({"steps": steps, "seconds": pause - start - paused, "return": mean(returns)})
+        paused += time.time() - pause
+
+    class Measure(BaseCallback):
+        def _on_rollout_start(self):
+            if self.num_timesteps % (4 * 2048) == 0:
+                measure(self.num_timesteps)
+
+        def _on_step(self):
+            return True
+
+    model.learn(CLASSIC[env_id], callback=Measure())
+    measure(model.num_timesteps)
+    return rows
+
+
+RUN_CLASSIC = {"ours": ours_classic, "sb3": sb3_classic}
+
+
+def classic(args: Args) -> None:
+    if args.child:
+        print(json.dumps(RUN_CLASSIC[args.child](args.seeds[0], args.envs[0], args.flags)))
+        return
+    for env_id in args.envs:
+        for name in args.only or RUN_CLASSIC:
+            last = []
+            for seed in args.seeds:
+                words = ["--seeds", str(seed), "--envs", env_id, f"--flags={args.flags}"]
+                rows = child(name, "--suite", "classic", *words)
+                keep(args.out, {"contender": name, "flags": args.flags, "env": env_id, "seed": seed}, rows)
+                last.append(rows[-1]["return"])
+                rate = rows[-1]["steps"] / max(rows[-1]["seconds"], 1e-9)
+                curve = " ".join(f"{row['return']:.0f}" for row in rows)
+                print(f"{env_id} {name} seed {seed}: {curve} ({rate:.0f} steps/s)", flush=True)
+            print(f"{env_id:12s} {name:5s} {args.flags} last, mean of seeds: {mean(last):.1f}", flush=True)
+
+
+def child(name: str, *words: str) -> list[dict]:
+    """What contender `name` prints in a process of its own."""
+    command = [sys.executable, __file__, "--child", name, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def keep(out: str | None, head: dict, rows: list[dict]) -> None:
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "a") as f:
+            f.writelines(json.dumps(head | row) + "\n" for row in rows)
+
+
 RUN = {
     "ours": ours,
     "sb3": lambda seed: sb3(seed, False),
@@ -223,26 +326,21 @@ def reached(rows: list[dict], share: float = 0.95) -> dict | None:
 
 
 def main(args: Args) -> None:
+    if args.suite == "classic":
+        return classic(args)
     if args.child:
         print(json.dumps(RUN[args.child](args.seeds[0])))
         return
-    found: dict[str, list[dict]] = {name: [] for name in args.only}
+    found: dict[str, list[dict]] = {name: [] for name in args.only or RUN}
     for seed in args.seeds:
-        for name in args.only:
-            command = [sys.executable, __file__, "--child", name, "--seeds", str(seed)]
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-            if done.returncode:
-                sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-            rows = json.loads(done.stdout.strip().splitlines()[-1])
+        for name in found:
+            rows = child(name, "--seeds", str(seed))
             at = reached(rows)
             rate = rows[-1]["steps"] / rows[-1]["seconds"]
             found[name].append({"at": at, "rate": rate, "best": max(row["success"] for row in rows)})
             text = f"95 % after {at['steps']:6,} steps, {at['seconds']:5.1f} s" if at else "95 % not reached"
             print(f"seed {seed}  {name:18s} {text}, {rate:5.0f} steps/s, last {rows[-1]['success']:.2f}", flush=True)
-            if args.out:
-                Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-                with open(args.out, "a") as f:
-                    f.writelines(json.dumps({"contender": name, "seed": seed} | row) + "\n" for row in rows)
+            keep(args.out, {"contender": name, "seed": seed}, rows)
     mine = found.get("ours", [])
     for name, runs in found.items():
         if name == "ours" or not mine:
