@@ -522,6 +522,7 @@ def play(act, envs: VectorEnv, args: Args, draw=None) -> list[dict]:
     group = Group(envs, slice(0, n), [args.eval_seed + i for i in range(n)], args)
     first: dict[int, dict] = {}  # an environment's first episode; later ones may be cut off by the end
     while len(first) < n:
+        sim.heed()
         if draw:
             draw()
         group.wait = sim.start(envs, executable(act(group.x), envs.single_action_space))
@@ -530,14 +531,14 @@ def play(act, envs: VectorEnv, args: Args, draw=None) -> list[dict]:
     return [first[i] for i in range(n)]
 
 
-def evaluate(act, envs, args: Args, each=None) -> dict[str, float]:
-    """Success is that of the last step; `once` counts episodes that were at the goal in any step. each(): see `play`"""
-    return sim.summary(play(act, envs, args, each), "eval")
+def evaluate(act, envs, args: Args) -> dict[str, float]:
+    """Success is that of the last step; `once` counts episodes that were at the goal in any step."""
+    return sim.summary(play(act, envs, args), "eval")
 
 
 def measure(run: Run, step: int, act, envs, state: dict, args: Args) -> dict[str, float]:
     """Evaluates; remembers the result and the best (success, then return); ends the run where that was asked for."""
-    found = sim.unless_stopped(run, step, state, lambda each: evaluate(act, envs, args, each))
+    found = sim.unless_stopped(run, state, lambda: evaluate(act, envs, args))
     if state.get("owed"):
         return {}
     state["last"] = metrics = found

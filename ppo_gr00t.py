@@ -705,18 +705,19 @@ def play(act, envs: fetch.FetchVec, args: Args, draw=None) -> list[dict]:
     group = Group(envs, slice(0, n), [args.eval_seed + i for i in range(n)], args)
     x_0, episodes = torch_stream(args.eval_seed, "x_0"), []
     while len(episodes) < n:
+        sim.heed()
         episodes += play_chunk(group, act(group, x_0), args, draw)[2]
     return episodes
 
 
-def evaluate(act, envs, args: Args, each=None) -> dict[str, float]:
-    """Success is that of the last step; `once` counts episodes that were at the goal in any step. each(): see `play`"""
-    return sim.summary(play(act, envs, args, each), "eval")
+def evaluate(act, envs, args: Args) -> dict[str, float]:
+    """Success is that of the last step; `once` counts episodes that were at the goal in any step."""
+    return sim.summary(play(act, envs, args), "eval")
 
 
 def measure(run: Run, step: int, act, envs, state: dict, args: Args) -> dict[str, float]:
     """Evaluates; remembers the result and the best (success, then return); ends the run where that was asked for."""
-    found = sim.unless_stopped(run, step, state, lambda each: evaluate(act, envs, args, each))
+    found = sim.unless_stopped(run, state, lambda: evaluate(act, envs, args))
     if state.get("owed"):
         return {}
     state["last"] = metrics = found

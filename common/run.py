@@ -210,7 +210,7 @@ class Run:
         stopped, best = self.world.any(stop.received is not None, self.best is not None and self.best["step"] == step)
         if stopped or best or self.due(step, self.args.save_every):
             self.save(step, state, optimizer, write)
-        if stopped and step < self.total and not self.ending:
+        if stopped and (state.get("owed") or step < self.total and not self.ending):
             self.stopped = True
             command = f"uv run python {self.script.name} --resume {self.folder}"
             self.say(f"stopped at step {step * self.unit}; continue with: {command}")

@@ -393,12 +393,13 @@ def test_an_evaluation_without_a_time_limit_ends(monkeypatch):
     assert ppo_fetch.evaluate(ppo_fetch.do_nothing(envs.single_action_space), envs, args)["eval/episodic_length"] == 12
 
 
-def test_ctrl_c_is_not_for_the_processes_of_environments():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_not_for_the_processes_of_environments(number):
     args = ppo_fetch.resolve(replace(ppo_fetch.Args(), env_id="CartPole-v1"))
     envs = sim.make_envs(args, 2, "gymnasium-async")
     envs.reset(seed=1)
     for process in envs.processes:
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, number)
     time.sleep(0.2)
     assert envs.step(np.zeros((2, 1), np.int64))[1].tolist() == [1.0, 1.0]
     assert all(process.is_alive() for process in envs.processes)

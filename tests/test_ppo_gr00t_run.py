@@ -222,6 +222,12 @@ def test_two_processes_agree_with_one_also_where_a_minibatch_is_all_the_others(r
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-4), (a["step"], key)
 
 
+def test_a_policy_that_an_update_drove_too_far_ends_the_run_in_one_line(run, capsys):
+    code, _ = run(learning_rate=1e30, total_timesteps=400, target_kl=0)
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert code == 2 and len(errors) == 1 and "no longer finite" in errors[0] and "--learning-rate" in errors[0]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -19,8 +19,9 @@ from test_docs import documented_metrics
 from test_ppo_math import WORLD
 
 import ppo_fetch
-from common import streams
+from common import stop, streams
 from common.robot import fetch, sim
+from common.robot.video import Videos
 from ppo_fetch import Agent, Args, Group, finish_step, gae, rollout
 
 FETCH = dict(  # FetchReach, 4 iterations of 8 x 10 steps
@@ -395,14 +396,15 @@ def test_a_stopped_run_saves_and_names_the_command_that_continues_it(run, monkey
     assert code == 0 and timeless(folder) == timeless(whole)
 
 
-def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_up_for_it(run, monkeypatch):
+@pytest.mark.parametrize("which, step", [(3, 160), (4, 320)], ids=["between", "the last"])
+def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_up_for_it(which, step, run, monkeypatch):
     """An evaluation may last: it does not wait for its end, and what it would have found is found later."""
     whole = run(**FETCH)[1]
     calls, steps, play, finish = [], [], ppo_fetch.play, ppo_fetch.finish_step
 
     def interrupted(*args):
         calls.append(1)
-        if len(calls) == 3:  # doing nothing, before training, after 2 iterations
+        if len(calls) == which:  # doing nothing, before training, after 2 iterations, after 4
             os.kill(os.getpid(), signal.SIGTERM)
             monkeypatch.setattr(ppo_fetch, "finish_step", lambda *a: steps.append(1) or finish(*a))
         return play(*args)
@@ -410,13 +412,40 @@ def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_up_for_it(run, mo
     monkeypatch.setattr(ppo_fetch, "play", interrupted)
     time.sleep(1.1)  # run folders are named by the second
     code, folder = run(**FETCH)
-    assert code == 143 and steps == [] and rows(folder)[-1]["step"] == 80
+    assert code == 143 and steps == [] and rows(folder)[-1]["step"] == step - 80
     log = (folder / "metrics.jsonl").read_text()
-    (folder / "metrics.jsonl").write_text(log + json.dumps({"step": 160}) + "\n")  # resumed before, and killed
+    (folder / "metrics.jsonl").write_text(log + json.dumps({"step": step}) + "\n")  # resumed before, and killed
     code, _ = run(resume=str(folder))
     assert code == 0 and timeless(folder) == timeless(whole)
     assert same_weights(folder / "last", whole / "last")
     assert (folder / "best").exists() == (whole / "best").exists()
+
+
+def test_a_signal_ends_a_video_which_is_left_out_and_the_next_is_not(run, monkeypatch, capsys, tmp_path):
+    class Run:
+        folder, unit, world, say, tables = tmp_path, 1, WORLD, print, []
+
+        def table(self, *rows):
+            self.tables.append(rows)
+
+    monkeypatch.setattr("common.robot.video.no_renderer", lambda: "")
+    monkeypatch.setattr(stop, "received", signal.SIGTERM)
+    monkeypatch.setattr(stop, "patient", True)
+    args = ppo_fetch.resolve(replace(Args(), env_id="ProbeSolved-v0", **GYM))
+    act, filmed = (lambda x: np.zeros((2, 1))), []
+
+    def record(path):
+        envs = sim.make_envs(args, 2, "gymnasium", evaluation=True)
+        filmed.append(ppo_fetch.play(act, envs, args, draw=lambda: None))
+        return []
+
+    made = Run()
+    videos = Videos(made, True)
+    videos.film(1, record)
+    assert filmed == made.tables == [] and capsys.readouterr().out == ""
+    monkeypatch.setattr(stop, "received", None)
+    videos.film(2, record)
+    assert len(filmed) == len(made.tables) == 1
 
 
 def test_a_run_may_end_when_it_has_succeeded_three_times(run):

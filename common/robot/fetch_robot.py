@@ -153,7 +153,10 @@ class FetchRobot:
 
     def actions(self, chunk: torch.Tensor, count: int) -> np.ndarray:
         """The policy's chunk (N, H, 32) -> its first `count` actions (N, count, 4) float32; FetchVec clips them."""
-        return self.interface.actions(chunk[:, :count].cpu().numpy()).astype(np.float32)
+        actions = self.interface.actions(chunk[:, :count].cpu().numpy()).astype(np.float32)
+        if not np.isfinite(actions).all():
+            fail("the policy's actions are no longer finite: an update went too far; try a smaller --learning-rate")
+        return actions
 
     def close(self) -> None:
         if self.camera:

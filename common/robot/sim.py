@@ -4,6 +4,7 @@ Nothing here moves a learning curve: the observations that really followed, what
 environments for checkpoints.
 """
 
+import atexit
 import contextlib
 import os
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from common.cli import Count, Natural, Share, Threads, fail
 from common.log import lines_until
 from common.parallel import World, cores
 from common.robot import fetch, spaces
+from common.robot.video import Stopped
 from common.run import Run, RunArgs
 from common.stats import wilson
 
@@ -106,9 +108,11 @@ def make_envs(
         spaces.register_robots(args.env_id)
         wrappers += [spaces.cut, spaces.Plain] if evaluation else [spaces.Plain]
     how = {"vectorization_mode": "async" if backend == "gymnasium-async" else "sync", "wrappers": wrappers}
-    return gym.make_vec(
-        args.env_id, num_envs, vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}, **how, **kwargs
-    )
+    kwargs |= how | {"vector_kwargs": {"autoreset_mode": AutoresetMode.SAME_STEP}}
+    envs = gym.make_vec(args.env_id, num_envs, **kwargs)
+    if backend == "gymnasium-async":  # deaf: however this program ends, they end with it
+        atexit.register(lambda: [process.kill() for process in envs.processes])
+    return envs
 
 
 def refuse_nonfinite(what: str, values: np.ndarray, env_id: str, episodes: "Episodes") -> None:
@@ -156,25 +160,21 @@ def success_flags(infos: dict, dones: np.ndarray) -> np.ndarray | None:
     return np.where(dones & infos.get("_final_info", np.zeros(len(dones), bool)), final, now).astype(bool)
 
 
-class Stopped(Exception):
-    """By Ctrl-C or SIGTERM."""
+def heed() -> None:
+    """Between the steps of an evaluation or a video: a signal that the training loop has to answer ends it."""
+    if stop.patient and stop.received is not None:
+        raise Stopped
 
 
-def unless_stopped(run: Run, step: int, state: dict, evaluation: Callable[[Callable], dict]) -> dict:
-    """What evaluation(each) finds, on the first process; the others get nothing. Every process calls it.
+def unless_stopped(run: Run, state: dict, evaluation: Callable[[], dict]) -> dict:
+    """What evaluation() finds, on the first process; the others get nothing. Every process calls it.
 
-    It calls each() before every step, which ends it when a signal has come, unless this is the run's last step: then
-    state["owed"] is true, and a resumed run makes up for it.
+    Where a signal ended it (`heed`), state["owed"] is true, and a resumed run makes up for it.
     """
-
-    def each() -> None:
-        if stop.received is not None and step < run.total:
-            raise Stopped
-
     found = {}
     with contextlib.suppress(Stopped):
         state["owed"] = True
-        found = evaluation(each) if run.world.main else {}
+        found = evaluation() if run.world.main else {}
         state["owed"] = False
     (state["owed"],) = run.world.any(state["owed"])
     return found

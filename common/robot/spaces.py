@@ -143,9 +143,10 @@ class Plain(gym.Wrapper):
 
 
 def deaf(env: gym.Env) -> gym.Env:
-    """In a process of its own an environment leaves Ctrl-C to the program that started it."""
+    """In a process of its own an environment leaves signals to the program that started it, which ends it."""
     if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     return env
 
 

@@ -27,6 +27,10 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
     imageio.mimwrite(path, frames, fps=fps, macro_block_size=1)
 
 
+class Stopped(Exception):
+    """By Ctrl-C or SIGTERM."""
+
+
 class Videos:
     """A run's videos and their table. What is missing for them is said once, and training goes on."""
 
@@ -42,6 +46,8 @@ class Videos:
             rows = [] if self.off else record(path, *args)
             own = {"global_step": step * self.run.unit, "video": str(path)}
             self.run.table("video_table", step, [own | row for row in rows])
+        except Stopped:  # this one is left out
+            pass
         except Exception as error:  # whatever a graphics driver throws must not end a training run
             self.off = f"{type(error).__name__}: {error}"
         if self.off:
