@@ -4,7 +4,7 @@
 #     benchmarks/gpu.sh cuda 'decode|probe'   only the parts whose name has this in it
 #     benchmarks/gpu.sh cpu                   everything at reduced size on a CPU: does all of it run
 # A part that fails is named at the end and makes the exit code 1; the others run all the same. PYTHON=python3 where there
-# is no uv.
+# is no uv; what to carry to a machine without a network: benchmarks/gpu_wheels.txt.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 device=${1:-cuda}
