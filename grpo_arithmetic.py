@@ -32,10 +32,11 @@ import torch.nn.functional as F
 
 from common.cli import Count, Fraction, Natural, NonNegative, Positive, Several, Share, Temperature, Text, fail, parse
 from common.language import checks, lm, probe, watch
-from common.language.data import EvalRow, read_rows
-from common.language.decode import Decoder, inverse_cdf, pad_right
+from common.language.data import read_problems
+from common.language.decode import Decoder, inverse_cdf, pad_right, sampling_noise
 from common.language.lm import LMArgs, Policy, Reference
-from common.language.stats import Sums, pass_at_k
+from common.language.stats import Sums, with_means
+from common.language.watch import clip_metrics, eval_metrics
 from common.log import watched
 from common.parallel import World, clip_gradients, sum_gradients
 from common.run import Run, RunArgs
@@ -195,11 +196,7 @@ def draw_bands(rng: np.random.Generator) -> list[Problem]:
 
 def load_problems(source: str) -> list[Problem]:
     """A JSONL file or a hub data set with columns prompt, answer and optionally difficulty, metadata.operation."""
-    problems = []
-    for _, row in read_rows("--eval-dataset", source, EvalRow):
-        operation = row.metadata and row.metadata.operation
-        problems.append(Problem(row.prompt, row.answer, operation or "", row.difficulty or ""))
-    return problems
+    return [Problem(*row) for row in read_problems("--eval-dataset", source)]
 
 
 def level_of(args: Args) -> Level:
@@ -284,13 +281,8 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards:
     scale_rewards: "group" (GRPO), "batch" (Lite PPO, arXiv 2508.08221) or "none" (Dr. GRPO, arXiv 2503.20783).
     A completion whose reward is NaN or infinite is no part of its group: its advantage is 0.
     """
-    groups, G = rewards.view(-1, num_generations), num_generations  # (P, G)
-    scored = groups.isfinite()
-    n = scored.sum(1, keepdim=True).to(groups.dtype)  # (P, 1)
-    low = groups.masked_fill(~scored, torch.inf).amin(1, keepdim=True)
-    high = groups.masked_fill(~scored, -torch.inf).amax(1, keepdim=True)
-    # the others' mean stands in for what is missing: it changes neither the mean nor the sum of squares
-    groups = torch.where(scored, groups, groups.masked_fill(~scored, 0.0).sum(1, keepdim=True) / n)
+    G = num_generations
+    groups, n, silent = with_means(rewards.view(-1, G))  # (P, G), (P, 1) rewards of the group, (P, G) bool
     centred = groups - groups.mean(1, keepdim=True)  # eq: A_i = r_i - mean_group(r)
     if scale_rewards == "group":
         std = groups.std(1, keepdim=True) * ((G - 1) / (n - 1)).sqrt()  # over n - 1
@@ -299,8 +291,7 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards:
         centred = centred / (rewards[rewards.isfinite()].std() + 1e-4)  # eq: A_i / (std_batch(r) + 1e-4)
     elif scale_rewards != "none":
         raise ValueError(f"scale_rewards must be group, batch or none, not {scale_rewards!r}")
-    # rounding must not make a tiny spread out of equal rewards, which dividing by the std would blow up
-    return centred.masked_fill(~scored | (low >= high), 0.0).reshape(-1)
+    return centred.masked_fill(silent, 0.0).reshape(-1)
 
 
 def completion_mask(completion_ids: torch.Tensor, eos_ids: list[int]) -> torch.Tensor:
@@ -389,19 +380,9 @@ def grpo_loss(
     else:
         raise ValueError(f"loss_type must be grpo, bnpo, dr_grpo or dapo, not {loss_type!r}")
 
-    with torch.no_grad():
-        low = ((ratio < 1 - eps_low) & (A < 0)) * mask  # tokens whose gradient the clip has stopped
-        high = ((ratio > 1 + eps_high) & (A > 0)) * mask
-        metrics = {
-            "clip_ratio/low_mean": low.sum() / tokens,
-            "clip_ratio/high_mean": high.sum() / tokens,
-            "clip_ratio/region_mean": (low + high).sum() / tokens,
-            "clip_ratio/low_min": (low.sum(1) / row_tokens.clamp(min=1.0)).min(),
-            "clip_ratio/high_max": (high.sum(1) / row_tokens.clamp(min=1.0)).max(),
-        }
-        if beta != 0:
-            metrics["kl"] = (kl * mask).sum() / tokens
-    return loss, metrics
+    # tokens whose gradient the clip has stopped
+    metrics = clip_metrics((ratio < 1 - eps_low) & (A < 0), (ratio > 1 + eps_high) & (A > 0), mask, tokens)
+    return loss, metrics | ({"kl": (kl.detach() * mask).sum() / tokens} if beta != 0 else {})
 
 
 def learning_rate_at(step: int, total: int, args: Args) -> float:
@@ -441,12 +422,10 @@ def update(policy, reference, optimizer, roll, advantages, args: Args, world: Wo
                 old_logprobs.append(logprobs.detach())  # weights as they were when sampling: ratio 1 on this pass
                 gap = (old_logprobs[i] - roll.logprobs[rows]).abs() * mask[rows]
                 sums.add({"sampling_logp_difference/mean": gap.sum() / num_loss_tokens.clamp(min=1)})
-                sums.maximum("sampling_logp_difference/max", gap.max())
+                sums.add({"sampling_logp_difference/max": gap.max()})
             given = logprobs, old_logprobs[i], ref_logprobs[i], advantages[rows], mask[rows]
             loss, metrics = grpo_loss(*given, **settings)
             loss.backward()
-            sums.minimum("clip_ratio/low_min", metrics.pop("clip_ratio/low_min"))
-            sums.maximum("clip_ratio/high_max", metrics.pop("clip_ratio/high_max"))
             metrics |= {"loss": loss.detach(), "entropy": entropy.sum() / num_loss_tokens.clamp(min=1)}
             sums.add(metrics, passes=args.num_iterations)
         sum_gradients(parameters, world)
@@ -462,16 +441,6 @@ def update(policy, reference, optimizer, roll, advantages, args: Args, world: Wo
 
 
 # ---- 4. Rollout ------------------------------------------------------------------------------------------------------
-
-
-def sampling_noise(key: int, sample_ids, length: int) -> torch.Tensor:
-    """Uniform numbers (B, length) in [0, 1), a function of (key, sample id, position) alone; key: a stream_seed.
-
-    A completion therefore does not depend on the batch, the process or the order it was sampled in.
-    """
-    keys = [[key % 2**64, i] for i in sample_ids]
-    rows = [np.random.Generator(np.random.Philox(key=k)).random(length, dtype=np.float32) for k in keys]
-    return torch.from_numpy(np.stack(rows))
 
 
 def sample_tokens(logits, uniform, temperature, vocab_size=None):
@@ -585,23 +554,6 @@ def sample_answers(policy: Policy, problems, samples: int, temperature, args: Ar
     return np.array([correct for _, correct, _ in results], dtype=float), [texts for *_, texts in results]
 
 
-def eval_metrics(problems, sampled, greedy, trained_prompts) -> dict[str, float]:
-    """Accuracies of the standard evaluation. sampled (N, k) and greedy (N, 1): 1.0 where the answer is right."""
-    N, k = sampled.shape
-    metrics = {"arithmetic_eval_correct": int(sampled.sum()), "arithmetic_eval_total": N * k}
-    metrics["arithmetic_eval_greedy"] = greedy.mean()
-    for j in [j for j in (4, 16, 64) if 1 < j <= k]:
-        metrics[f"arithmetic_eval_pass@{j}"] = np.mean([pass_at_k(k, int(c), j) for c in sampled.sum(1)])
-    unseen = [p.prompt not in trained_prompts for p in problems]
-    groups = {"arithmetic_eval": [True] * N, "arithmetic_eval_unseen": unseen}
-    groups |= {f"eval_{band}_accuracy": [p.difficulty == band for p in problems] for band in EVAL_BANDS}
-    groups |= {f"eval_{name}_accuracy": [p.operation == op for p in problems] for op, name in OPERATION_NAMES.items()}
-    for name, members in groups.items():
-        metrics |= watch.accuracy(name, sampled[np.array(members)].mean(1))
-    del metrics["arithmetic_eval_n"]  # arithmetic_eval_total says it
-    return {name: float(value) for name, value in metrics.items()}
-
-
 def evaluate(policy: Policy, problems, trained_prompts, args: Args, world: World):
     """The standard evaluation: k samples at --eval-temperature, and greedy. Returns metrics and a table of answers."""
     ways = [(args.eval_samples, args.eval_temperature), (1, 0.0)]
@@ -611,7 +563,7 @@ def evaluate(policy: Policy, problems, trained_prompts, args: Args, world: World
         row = {"prompt": p.prompt, "expected": p.answer, "greedy": best, "sample": answers[0]}
         row |= {"extracted_answer": extract_answer(answers[0]), "accuracy": right.mean(), "difficulty": p.difficulty}
         table.append(row)
-    return eval_metrics(problems, sampled, greedy, trained_prompts), table
+    return eval_metrics(problems, sampled, greedy, trained_prompts, EVAL_BANDS, OPERATION_NAMES), table
 
 
 def measure(run: Run, policy: Policy, problems, validation, trained_prompts, state, args: Args, step: int) -> dict:
@@ -704,8 +656,7 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
         metrics |= {f"time/{name}_s": seconds for name, seconds in run.seconds.items()}
         metrics |= {"time/step_s": run.seconds.total(), "time/decode_fallbacks": policy.decoder.fallbacks}
         evaluating = run.due(done, args.eval_every)
-        scores = zip(rows, rewards, advantages, range(args.log_completions))
-        table = [row | {"reward": reward, "advantage": advantage} for row, reward, advantage, _ in scores]
+        table = watch.scored(rows, rewards, advantages, args.log_completions)
         run.table("completions", done, table, upload=done == 1 or evaluating)
         if evaluating:
             metrics |= evaluation(done)

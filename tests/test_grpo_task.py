@@ -14,6 +14,7 @@ from common.language.stats import pass_at_k
 from common.stats import wilson
 from grpo_arithmetic import (
     EVAL_BANDS,
+    OPERATION_NAMES,
     REWARDS,
     Args,
     Level,
@@ -184,7 +185,7 @@ def test_evaluation_metrics_split_by_band_operation_and_overlap():
     problems = load_problems(str(EVAL))
     right = np.array([[p.difficulty == "easy", True] for p in problems], dtype=float)
     trained = {p.prompt for p in problems if p.difficulty != "easy"}
-    metrics = eval_metrics(problems, right, right[:, :1], trained)
+    metrics = eval_metrics(problems, right, right[:, :1], trained, EVAL_BANDS, OPERATION_NAMES)
     assert metrics["arithmetic_eval"] == pytest.approx((200 + 40) / 400)
     assert metrics["arithmetic_eval_correct"] == 240 and metrics["arithmetic_eval_total"] == 400
     assert metrics["arithmetic_eval_greedy"] == pytest.approx(0.2)

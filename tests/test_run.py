@@ -372,9 +372,8 @@ def collectives():
     assert clip_gradients(layer.parameters(), 0.1).item() == pytest.approx(6**0.5)
     sums = Sums()
     sums.add({"loss": torch.tensor(1.0 + rank)}, passes=2)
-    sums.minimum("low", torch.tensor(float(rank)))
-    sums.maximum("high", torch.tensor(float(rank)))
-    assert sums.totals(world) == {"loss": 1.5, "low": 0.0, "high": 1.0}
+    sums.add({"low_min": torch.tensor(float(rank)), "high_max": torch.tensor(float(rank))})
+    assert sums.totals(world) == {"loss": 1.5, "low_min": 0.0, "high_max": 1.0}
     rng = np.random.default_rng(0)
     returns, values = torch.from_numpy(rng.normal(size=(2, 3, 8)))
     mine = world.share(8)
@@ -395,6 +394,5 @@ def test_sums_over_micro_batches_equal_those_of_the_whole():
     values, sums = torch.arange(6.0), Sums()
     for part in values.split(2):
         sums.add({"mean": part.sum() / len(values)})
-        sums.minimum("low", part.min())
-        sums.maximum("high", part.max())
-    assert sums.totals(World(0, 1, torch.device("cpu"))) == {"mean": 2.5, "low": 0.0, "high": 5.0}
+        sums.add({"low_min": part.min(), "high_max": part.max()})
+    assert sums.totals(World(0, 1, torch.device("cpu"))) == {"mean": 2.5, "low_min": 0.0, "high_max": 5.0}

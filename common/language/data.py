@@ -103,3 +103,9 @@ def read_rows(flag: str, source: str, schema: type[Row], splits: tuple[str, ...]
     if not checked:
         fail(f"{flag} '{source}' holds no problems{hint}")
     return checked
+
+
+def read_problems(flag: str, source: str) -> list[tuple[str, str, str, str]]:
+    """(prompt, answer, operation, difficulty) of each row of an evaluation set; see `read_rows`."""
+    rows = [row for _, row in read_rows(flag, source, EvalRow)]
+    return [(r.prompt, r.answer, r.metadata and r.metadata.operation or "", r.difficulty or "") for r in rows]

@@ -14,6 +14,7 @@ How a token is drawn from logits is the caller's: `sample(logits, uniform, *sett
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
@@ -32,6 +33,16 @@ def pad_right(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor,
 def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Boolean attention mask -> 0 / lowest number, which every attention implementation takes."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def sampling_noise(key: int, sample_ids, length: int) -> torch.Tensor:
+    """Uniform numbers (B, length) in [0, 1), a function of (key, sample id, position) alone; key: a stream_seed.
+
+    A completion therefore does not depend on the batch, the process or the order it was sampled in.
+    """
+    keys = [[key % 2**64, i] for i in sample_ids]
+    rows = [np.random.Generator(np.random.Philox(key=k)).random(length, dtype=np.float32) for k in keys]
+    return torch.from_numpy(np.stack(rows))
 
 
 def first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,20 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)  # eq: 1 - C(n - c, k) / C(n, k)
 
 
+def with_means(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(P, G) rewards, some perhaps missing (NaN, infinite) -> (P, G) with the others' mean in their place, which changes
+    neither mean nor sum of squares; (P, 1) how many there are; (P, G) bool: missing, or equal all over the group.
+
+    Equal is by lowest and highest: rounding must not make a tiny spread, which dividing by the std would blow up.
+    """
+    scored = groups.isfinite()
+    n = scored.sum(1, keepdim=True).to(groups.dtype)
+    low = groups.masked_fill(~scored, torch.inf).amin(1, keepdim=True)
+    high = groups.masked_fill(~scored, -torch.inf).amax(1, keepdim=True)
+    means = groups.masked_fill(~scored, 0.0).sum(1, keepdim=True) / n
+    return torch.where(scored, groups, means), n, ~scored | (low >= high)
+
+
 class Sums:
     """Sums, minima and maxima over micro-batches, without asking the device for a number before the end."""
 
@@ -22,15 +36,15 @@ class Sums:
         self.most: dict[str, torch.Tensor] = {}
 
     def add(self, values: dict, passes: int = 1) -> None:
-        """values: numbers or detached tensors (), parts of a sum or mean over the step, which has so many passes."""
+        """values: numbers or detached tensors (), parts of a sum or mean over the step, which has so many passes; or,
+        where their names end in min or max, extremes of a part."""
         for name, value in values.items():
-            self.sums[name] += value / passes
-
-    def minimum(self, name: str, value: torch.Tensor) -> None:
-        self.least[name] = torch.minimum(self.least.get(name, value), value)
-
-    def maximum(self, name: str, value: torch.Tensor) -> None:
-        self.most[name] = torch.maximum(self.most.get(name, value), value)
+            if name.endswith("min"):
+                self.least[name] = torch.minimum(self.least.get(name, value), value)
+            elif name.endswith("max"):
+                self.most[name] = torch.maximum(self.most.get(name, value), value)
+            else:
+                self.sums[name] += value / passes
 
     def totals(self, world: World) -> dict[str, float]:
         """All of them over all processes, as Python floats."""

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from common.language.stats import pass_at_k
 from common.run import Run
 from common.stats import wilson
 
@@ -81,6 +82,25 @@ def completion_metrics(rows: list[dict]) -> dict:
     return metrics | {"completions/clipped_ratio": 1 - np.mean([row["ended"] for row in rows])}
 
 
+@torch.no_grad()
+def clip_metrics(low: torch.Tensor, high: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> dict:
+    """low, high (B, T) bool: tokens stopped at the lower or upper end of the ratio; mask (B, T) 0 or 1; tokens: of the
+    whole step, whose share they are."""
+    low, high, row_tokens = low * mask, high * mask, mask.sum(1).clamp(min=1.0)
+    return {
+        "clip_ratio/low_mean": low.sum() / tokens,
+        "clip_ratio/high_mean": high.sum() / tokens,
+        "clip_ratio/region_mean": (low + high).sum() / tokens,
+        "clip_ratio/low_min": (low.sum(1) / row_tokens).min(),
+        "clip_ratio/high_max": (high.sum(1) / row_tokens).max(),
+    }
+
+
+def scored(rows: list[dict], rewards: torch.Tensor, advantages: torch.Tensor, n: int) -> list[dict]:
+    """The first n rows with what they earned and how they compare with their group."""
+    return [row | {"reward": r, "advantage": a} for row, r, a in zip(rows[:n], rewards, advantages)]
+
+
 def solved_by_task(rows: list[dict]) -> dict[str, float]:
     """Share of right completions of each "task" among these."""
     tasks = dict.fromkeys(row["task"] for row in rows)
@@ -108,6 +128,26 @@ def accuracy(name: str, solved: np.ndarray) -> dict[str, float]:
         return {}
     low, high = wilson(solved.sum(), len(solved))
     return {name: solved.mean(), f"{name}_low": low, f"{name}_high": high, f"{name}_n": len(solved)}
+
+
+def eval_metrics(problems, sampled, greedy, trained_prompts, bands, operations) -> dict[str, float]:
+    """Accuracies of the standard evaluation. sampled (N, k) and greedy (N, 1): 1.0 where the answer is right.
+
+    bands: difficulties; operations: sign -> name, of what is counted apart.
+    """
+    N, k = sampled.shape
+    metrics = {"arithmetic_eval_correct": int(sampled.sum()), "arithmetic_eval_total": N * k}
+    metrics["arithmetic_eval_greedy"] = greedy.mean()
+    for j in [j for j in (4, 16, 64) if 1 < j <= k]:
+        metrics[f"arithmetic_eval_pass@{j}"] = np.mean([pass_at_k(k, int(c), j) for c in sampled.sum(1)])
+    unseen = [p.prompt not in trained_prompts for p in problems]
+    groups = {"arithmetic_eval": [True] * N, "arithmetic_eval_unseen": unseen}
+    groups |= {f"eval_{band}_accuracy": [p.difficulty == band for p in problems] for band in bands}
+    groups |= {f"eval_{name}_accuracy": [p.operation == op for p in problems] for op, name in operations.items()}
+    for name, members in groups.items():
+        metrics |= accuracy(name, sampled[np.array(members)].mean(1))
+    del metrics["arithmetic_eval_n"]  # arithmetic_eval_total says it
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def with_interval(metrics: dict[str, float], name: str) -> str:
