@@ -79,13 +79,20 @@ class Args(LMArgs, RunArgs):
     """share of the steps in which the learning rate rises, 0 to 1; then it falls to zero in a line"""
     weight_decay: NonNegative = 0.01  # AdamW weight decay
     max_grad_norm: NonNegative = 1.0  # gradient norm to clip to, 0: never
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"  # how token losses are averaged, see grpo_loss
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"] = "grpo"
+    """loss of a token and how losses are averaged, see grpo_loss"""
+    importance: Literal["token", "sequence"] = "token"  # a probability ratio per token, or one per completion (GSPO)
     beta: NonNegative = 0.1  # weight of the KL penalty, 0 (no reference model) to 0.2
+    kl_gradient: Literal["k3", "reverse"] = "k3"
+    """k3: forget nothing the reference does, KL(ref || policy); reverse: do nothing it does not, KL(policy || ref)"""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """what advantages are divided by: std of the group, of the batch, or nothing"""
+    baseline: Literal["group", "others"] = "group"  # mean reward to compare with: the group's, or the others' (RLOO)
+    normalize_rewards: bool = False  # normalise each reward function in its group before they are summed (GDPO)
+    top_entropy: Share = 1.0  # train this share of the step's tokens, those of highest entropy; 0.2 is usual
     epsilon: Fraction = 0.2
     """lower clip range of the ratio, and the upper one unless epsilon_high is given"""
-    epsilon_high: Positive | None = None  # upper clip range of the ratio; 0.28 is DAPO's clip-higher
+    epsilon_high: Positive | None = None  # upper clip range, DAPO: 0.28; of cispo the largest ratio, default 5
     num_iterations: Count = 1  # optimizer steps on each batch; 1 to 4 are usual
     mask_truncated_completions: bool = False  # leave completions without an end token out of the loss
 
@@ -274,7 +281,7 @@ REWARDS = {
 # ---- 3. Algorithm ----------------------------------------------------------------------------------------------------
 
 
-def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards: str = "group") -> torch.Tensor:
+def group_advantages(rewards, num_generations: int, scale_rewards: str = "group", baseline: str = "group"):
     """Advantage of each completion over the others of its prompt.
 
     rewards: (B,) with the G completions of a prompt in consecutive rows -> (B,) float32 or float64.
@@ -284,6 +291,8 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards:
     G = num_generations
     groups, n, silent = with_means(rewards.view(-1, G))  # (P, G), (P, 1) rewards of the group, (P, G) bool
     centred = groups - groups.mean(1, keepdim=True)  # eq: A_i = r_i - mean_group(r)
+    if baseline == "others":  # eq: A_i = r_i - mean_{j != i} r_j = n / (n - 1) (r_i - mean)   (RLOO, arXiv 2402.14740)
+        centred = centred * n / (n - 1)
     if scale_rewards == "group":
         std = groups.std(1, keepdim=True) * ((G - 1) / (n - 1)).sqrt()  # over n - 1
         centred = centred / (std + 1e-4)  # eq: A_i / (std_group(r) + 1e-4)
@@ -292,6 +301,16 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards:
     elif scale_rewards != "none":
         raise ValueError(f"scale_rewards must be group, batch or none, not {scale_rewards!r}")
     return centred.masked_fill(silent, 0.0).reshape(-1)
+
+
+def advantages_of(rewards: torch.Tensor, parts: torch.Tensor, args: Args) -> torch.Tensor:
+    """rewards (B,), parts (B, functions) of which they are the weighted sum -> (B,), normalised after or before it."""
+    if not args.normalize_rewards:
+        return group_advantages(rewards, args.num_generations, args.scale_rewards, args.baseline)
+    # eq: s_i = sum_k w_k (r_ik - mean_group(r_k)) / (std_group(r_k) + 1e-4)               (GDPO, arXiv 2601.05242)
+    normal = torch.stack([group_advantages(part, args.num_generations) for part in parts.T], 1)  # (B, functions)
+    sums = (normal @ torch.tensor(args.reward_weights)).masked_fill(~rewards.isfinite(), torch.nan)
+    return group_advantages(sums, len(sums))  # eq: A_i = (s_i - mean_batch(s)) / (std_batch(s) + 1e-4)
 
 
 def completion_mask(completion_ids: torch.Tensor, eos_ids: list[int]) -> torch.Tensor:
@@ -341,47 +360,62 @@ def grpo_loss(
     beta,
     epsilon=0.2,
     epsilon_high=None,
+    importance="token",
+    kl_gradient="k3",
     max_completion_length,
     num_loss_tokens=None,
     num_sequences=None,
+    trained=None,
 ):
     """The GRPO loss of a micro-batch, as part of the mean over the whole optimizer step.
 
     logprobs, old_logprobs, ref_logprobs (B, T) (ref None when beta == 0), advantages (B,), mask (B, T).
     num_sequences, num_loss_tokens: B and number of True mask entries of the whole step; default: of this call. With
     them the losses of micro-batches add up to that of the full batch, except for bnpo, whose token mean is over the
-    micro-batch by definition. Returns loss () and metrics, detached scalars: kl and clip ratios are token sums over
-    num_loss_tokens (they add up too), low_min and high_max are extremes over rows.
+    micro-batch by definition. trained (B, T) bool: tokens that the policy term trains, default all; the KL keeps all.
+    Returns loss () and metrics, detached scalars: kl and clip ratios are token sums over num_loss_tokens (they add up
+    too), low_min and high_max are extremes over rows.
     """
     mask = mask.to(logprobs.dtype)  # (B, T)
-    A = advantages[:, None]  # (B, 1)
-    eps_low, eps_high = epsilon, epsilon if epsilon_high is None else epsilon_high
+    A, row_tokens = advantages[:, None], mask.sum(1).clamp(min=1.0)  # (B, 1), (B,)
+    low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
     # masked entries may hold anything, also values whose exp overflows: 0 * inf would be NaN
-    ratio = torch.exp((logprobs - old_logprobs).masked_fill(mask == 0, 0.0))  # eq: w = pi(a) / pi_old(a)
-    clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
-    token_loss = -torch.minimum(ratio * A, clipped * A)  # eq: -min(w A, clip(w, 1 - eps_low, 1 + eps_high) A)
+    log_w = (logprobs - old_logprobs).masked_fill(mask == 0, 0.0)
+    if importance == "sequence":  # eq: w_i = exp(1/n_i sum_t log w_it)                  (GSPO, arXiv 2507.18071)
+        log_w = (log_w.sum(1) / row_tokens)[:, None].expand_as(mask)
+    ratio = torch.exp(log_w)  # eq: w = pi(a) / pi_old(a)
+    if loss_type == "cispo":  # eq: -stop_gradient(min(w, eps_max)) A log pi(a)                (arXiv 2506.13585)
+        low, high = -math.inf, 5.0 if epsilon_high is None else epsilon_high
+        token_loss = -ratio.clamp(max=high).detach() * A * logprobs.masked_fill(mask == 0, 0.0)
+    elif loss_type == "sapo":  # eq: -4/tau sigmoid(tau (w - 1)) A, tau = 1 if A > 0 else 1.05 (arXiv 2511.20347)
+        low, high, tau = -math.inf, math.inf, 1 + 0.05 * (A <= 0).to(A.dtype)
+        token_loss = -4 / tau * torch.sigmoid(tau * (ratio - 1)) * A
+    else:
+        token_loss = -torch.minimum(ratio * A, ratio.clamp(low, high) * A)  # eq: -min(w A, clip(w, low, high) A)
+    if trained is not None:
+        token_loss = token_loss * trained
     if beta != 0:
         log_ratio = (ref_logprobs - logprobs).masked_fill(mask == 0, 0.0)
         kl = torch.expm1(log_ratio) - log_ratio  # eq: k3 = exp(ref - logp) - (ref - logp) - 1 >= 0
-        token_loss = token_loss + beta * kl  # inside the token loss: averaged exactly as the policy term is
+        # eq: E grad k3 = grad KL(ref || pi), E grad(w k3) = grad KL(pi || ref): one value, two gradients
+        weight = {"k3": 1.0, "reverse": ratio}[kl_gradient]
+        token_loss = token_loss + beta * weight * kl  # inside the token loss: averaged exactly as the policy term is
 
     B = num_sequences or len(mask)
     tokens = mask.sum() if num_loss_tokens is None else num_loss_tokens
     tokens = torch.as_tensor(tokens, dtype=mask.dtype, device=mask.device).clamp(min=1.0)
-    row_sum, row_tokens = (token_loss * mask).sum(1), mask.sum(1)  # (B,), (B,)
-    if loss_type == "grpo":  # eq: L = 1/B sum_i 1/n_i sum_t l_it                             (arXiv 2402.03300)
-        loss = (row_sum / row_tokens.clamp(min=1.0)).sum() / B
+    row_sum = (token_loss * mask).sum(1)  # (B,)
+    if loss_type in ("grpo", "sapo"):  # eq: L = 1/B sum_i 1/n_i sum_t l_it                   (arXiv 2402.03300)
+        loss = (row_sum / row_tokens).sum() / B
     elif loss_type == "bnpo":  # eq: L = sum_it l_it / sum_i n_i, both over this micro-batch
-        loss = row_sum.sum() / row_tokens.sum().clamp(min=1.0) * (len(mask) / B)
-    elif loss_type == "dapo":  # eq: L = sum_it l_it / N, N = tokens of the whole step        (arXiv 2503.14476)
+        loss = row_sum.sum() / mask.sum().clamp(min=1.0) * (len(mask) / B)
+    elif loss_type in ("dapo", "cispo"):  # eq: L = sum_it l_it / N, N = tokens of the step   (arXiv 2503.14476)
         loss = row_sum.sum() / tokens
     elif loss_type == "dr_grpo":  # eq: L = sum_it l_it / (B * max_completion_length)         (arXiv 2503.20783)
         loss = row_sum.sum() / (B * max_completion_length)
     else:
-        raise ValueError(f"loss_type must be grpo, bnpo, dr_grpo or dapo, not {loss_type!r}")
-
-    # tokens whose gradient the clip has stopped
-    metrics = clip_metrics((ratio < 1 - eps_low) & (A < 0), (ratio > 1 + eps_high) & (A > 0), mask, tokens)
+        raise ValueError(f"loss_type must be grpo, bnpo, dr_grpo, dapo, cispo or sapo, not {loss_type!r}")
+    metrics = clip_metrics((ratio < low) & (A < 0), (ratio > high) & (A > 0), mask, tokens)
     return loss, metrics | ({"kl": (kl.detach() * mask).sum() / tokens} if beta != 0 else {})
 
 
@@ -400,7 +434,7 @@ def update(policy, reference, optimizer, roll, advantages, args: Args, world: Wo
     prompt_ids, prompt_lengths = pad_right(roll.prompts, policy.pad_id, policy.device)  # (P, L), (P,)
     parts = lm.micro_batches(len(roll.prompts), args.num_generations, args.micro_batch_size)
 
-    names = ("loss_type", "beta", "epsilon", "epsilon_high", "max_completion_length")
+    names = ("loss_type", "importance", "beta", "kl_gradient", "epsilon", "epsilon_high", "max_completion_length")
     settings = {name: getattr(args, name) for name in names}
     settings |= {"num_loss_tokens": num_loss_tokens, "num_sequences": args.batch_size}  # of the whole step
 
@@ -415,6 +449,13 @@ def update(policy, reference, optimizer, roll, advantages, args: Args, world: Wo
             ref_logprobs = [logprobs_under(model, *part)[0] for part in parts]
     sums, skipped, parameters = Sums(), 0, list(policy.model.parameters())
     policy.model.train(args.gradient_checkpointing)  # transformers recomputes in train mode only; dropout is off anyway
+    trained = [None] * len(parts)
+    if args.top_entropy < 1 and num_loss_tokens > 0:  # eq: H_it >= quantile_{1 - rho}(H) of the step (arXiv 2506.01939)
+        with torch.no_grad():
+            H = [logprobs_under(policy.model, *part)[1] for part in parts]  # of the policy that sampled
+        own = torch.cat([h[mask[rows]] for h, (_, rows) in zip(H, parts)]).tolist()
+        least = torch.tensor(world.gather(own)).quantile(1 - args.top_entropy).item()
+        trained = [h >= least for h in H]
     for iteration in range(args.num_iterations):
         for i, (prompts, rows) in enumerate(parts):
             logprobs, entropy = logprobs_under(policy.model, prompts, rows)  # (m, T), (m, T)
@@ -424,7 +465,7 @@ def update(policy, reference, optimizer, roll, advantages, args: Args, world: Wo
                 sums.add({"sampling_logp_difference/mean": gap.sum() / num_loss_tokens.clamp(min=1)})
                 sums.add({"sampling_logp_difference/max": gap.max()})
             given = logprobs, old_logprobs[i], ref_logprobs[i], advantages[rows], mask[rows]
-            loss, metrics = grpo_loss(*given, **settings)
+            loss, metrics = grpo_loss(*given, **settings, trained=trained[i])
             loss.backward()
             metrics |= {"loss": loss.detach(), "entropy": entropy.sum() / num_loss_tokens.clamp(min=1)}
             sums.add(metrics, passes=args.num_iterations)
@@ -635,7 +676,7 @@ def train(run: Run, policy: Policy, args: Args, eval_problems: list[Problem], ex
         rewards = parts @ torch.tensor(args.reward_weights)  # (B,)  eq: r_i = sum_k w_k r_ik
 
         # ---- 3. compare each with its group ----
-        advantages = group_advantages(rewards, G, args.scale_rewards)  # (B,)
+        advantages = advantages_of(rewards, parts, args)  # (B,)
 
         # ---- 4. num_iterations optimizer steps, micro-batch by micro-batch ----
         learning_rate = learning_rate_at(step, total_steps, args)

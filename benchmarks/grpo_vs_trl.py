@@ -38,6 +38,7 @@ class Args:
     max_completion_length: int = 16  # new tokens at most
     loss_type: str = "grpo"  # loss of both sides
     beta: float = 0.1  # KL weight of both sides
+    kl_gradient: Literal["k3", "reverse"] = "k3"  # gradient of the KL, both sides
     micro_batch_size: int | None = None
     """completions per forward and backward pass of both sides; default: all (256 of 256 tokens need more than 80 GB)"""
     decode: Literal["eager", "graph", "compile"] = "eager"  # decode steps of our side
@@ -111,7 +112,7 @@ def run_ours(args: Args) -> dict:
             num_generations=args.num_generations, max_completion_length=args.max_completion_length, beta=args.beta,
             epochs=total, n_samples=args.batch_size // args.num_generations, learning_rate=1e-7, output_dir=folder,
             eval_every=0, eval_samples=1, eval_batch_size=args.batch_size, save_every=0, decode=args.decode,
-            compile=args.compile, micro_batch_size=args.micro_batch_size,
+            compile=args.compile, micro_batch_size=args.micro_batch_size, kl_gradient=args.kl_gradient,
         )  # fmt: skip
         try:
             grpo.main(flags)
@@ -163,7 +164,7 @@ def run_trl(args: Args) -> dict:
         config = GRPOConfig(
             output_dir=folder, per_device_train_batch_size=args.micro_batch_size or args.batch_size,
             gradient_accumulation_steps=args.batch_size // (args.micro_batch_size or args.batch_size),
-            num_generations=args.num_generations, use_bias_correction_kl=False,  # k3's own gradient, as on our side
+            num_generations=args.num_generations, use_bias_correction_kl=args.kl_gradient == "reverse",
             max_completion_length=args.max_completion_length, temperature=0.7, beta=args.beta, loss_type=args.loss_type,
             learning_rate=1e-7, weight_decay=0.01, max_steps=args.steps + args.warmup, logging_steps=1, report_to="none",
             save_strategy="no", seed=42, gradient_checkpointing=False, bf16=args.device == "cuda",
@@ -184,7 +185,15 @@ def both(args: Args) -> None:
         flags = [f"--model-name={model}", f"--device={args.device}", f"--loss-type={args.loss_type}"]
         flags += [f"--decode={args.decode}", "--compile" if args.compile else "--no-compile"]
         flags += [f"--micro-batch-size={args.micro_batch_size}"] if args.micro_batch_size else []
-        for name in ("batch_size", "num_generations", "max_completion_length", "beta", "steps", "warmup"):
+        for name in (
+            "batch_size",
+            "num_generations",
+            "max_completion_length",
+            "beta",
+            "kl_gradient",
+            "steps",
+            "warmup",
+        ):
             flags.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
         results = {"ours": [], "trl": []}
         for _ in range(args.pairs):
@@ -197,7 +206,7 @@ def both(args: Args) -> None:
                 print(side, json.dumps(results[side][-1]), flush=True)
     medians = {side: {k: median(r[k] for r in rs) for k in rs[0]} for side, rs in results.items()}
     shape = f"{args.batch_size} completions, {args.num_generations} per prompt"
-    print(f"\n{shape}, loss {args.loss_type}, beta {args.beta}, {args.device}")
+    print(f"\n{shape}, loss {args.loss_type}, beta {args.beta} ({args.kl_gradient}), {args.device}")
     print(f"{'median of ' + str(args.pairs) + ' processes':24s} {'ours':>10s} {'TRL':>10s} {'TRL / ours':>11s}")
     for name in ("step_s", "generation_s", "update_s", "peak_MB"):
         a, b = medians["ours"][name], medians["trl"][name]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from common.language import watch
 from common.language.lm import micro_batches
-from grpo_arithmetic import completion_mask, group_advantages, grpo_loss
+from grpo_arithmetic import Args, advantages_of, completion_mask, group_advantages, grpo_loss
 
 x = float("nan")  # masked entries of the fixture; filled with a value that is the same in all three tensors
 LP = [[-0.5, -1.0, -0.2], [-2.0, x, x], [-0.3, -0.7, x], [-1.5, -0.4, x]]
@@ -301,3 +301,144 @@ def test_micro_batches_cover_every_row_once_and_pair_it_with_its_prompt(size):
         owners = prompts[p].repeat_interleave(len(chunk) // len(prompts[p])).tolist()
         assert owners == [row // G for row in chunk]
     assert seen == rows.tolist()
+
+
+# ---- objectives of later papers, and the two gradients of the KL -----------------------------------------------------
+
+OLD_2 = [[-1.2, -0.7, -2.0], [-0.4, -1.1, -0.9], [-1.5, -0.3, -0.6], [-0.8, -2.2, -1.0]]
+MOVED = [[0.30, -0.10, 0.05], [-0.25, 0.40, 0.0], [0.02, 0.15, -0.30], [-0.05, -0.45, 0.20]]
+APART = [[0.10, 0.20, -0.30], [0.05, -0.15, 0.25], [-0.20, 0.0, 0.10], [0.15, -0.05, 0.30]]
+# (loss, ratio, beta, KL gradient) -> loss, norm of its gradient, two entries of it
+GOLDEN_2 = {
+    ("grpo", "token", 0, "k3"): (0.035596975, 0.326968478, 0.000000000, 0.142684414),
+    ("grpo", "token", 0.1, "k3"): (0.040411561, 0.328508045, 0.001510577, 0.137149345),
+    ("grpo", "token", 0.1, "reverse"): (0.040886410, 0.331706697, 0.002249765, 0.137928267),
+    ("grpo", "sequence", 0, "k3"): (0.012390863, 0.337710975, -0.067931503, 0.142684414),
+    ("grpo", "sequence", 0.1, "k3"): (0.017205449, 0.336119206, -0.066420926, 0.137149345),
+    ("grpo", "sequence", 0.1, "reverse"): (0.017396571, 0.337168717, -0.065917454, 0.137928267),
+    ("bnpo", "token", 0, "k3"): (-0.238522449, 0.322836888, 0.000000000, 0.063415295),
+    ("bnpo", "token", 0.1, "k3"): (-0.233560888, 0.325551795, 0.002014103, 0.060955264),
+    ("bnpo", "token", 0.1, "reverse"): (-0.233190162, 0.327179366, 0.002999686, 0.061301452),
+    ("dr_grpo", "token", 0, "k3"): (-0.107335102, 0.145276599, 0.000000000, 0.028536883),
+    ("dr_grpo", "token", 0.1, "k3"): (-0.105102400, 0.146498308, 0.000906346, 0.027429869),
+    ("dr_grpo", "token", 0.1, "reverse"): (-0.104935573, 0.147230715, 0.001349859, 0.027585653),
+    ("dapo", "token", 0, "k3"): (-0.238522449, 0.322836888, 0.000000000, 0.063415295),
+    ("dapo", "token", 0.1, "k3"): (-0.233560888, 0.325551795, 0.002014103, 0.060955264),
+    ("dapo", "token", 0.1, "reverse"): (-0.233190162, 0.327179366, 0.002999686, 0.061301452),
+    ("cispo", "token", 0, "k3"): (0.350476927, 0.358576784, -0.112488234, 0.063415295),
+    ("cispo", "token", 0.1, "k3"): (0.355438488, 0.359226310, -0.110474131, 0.060955264),
+    ("cispo", "token", 0.1, "reverse"): (0.355809214, 0.360781832, -0.109488548, 0.061301452),
+    ("sapo", "token", 0, "k3"): (-0.022519754, 0.347791339, -0.081836312, 0.142590912),
+    ("sapo", "token", 0.1, "k3"): (-0.017705168, 0.347140013, -0.080325735, 0.137055843),
+    ("sapo", "token", 0.1, "reverse"): (-0.017230319, 0.350288717, -0.079586548, 0.137834765),
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN_2, ids=lambda c: " ".join(map(str, c)))
+def test_every_objective_and_either_kl_have_the_golden_values(case):
+    loss_type, importance, beta, kl_gradient = case
+    old, moved, apart = (torch.tensor(v, dtype=torch.float64) for v in (OLD_2, MOVED, APART))
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]]).bool()
+    advantages = torch.tensor([0.75, -1.25, 1.10, -0.60], dtype=torch.float64)
+    lp = (old + moved).requires_grad_(True)
+    loss, metrics = grpo_loss(
+        lp, old, old + apart if beta else None, advantages, mask, loss_type=loss_type, beta=beta,
+        importance=importance, kl_gradient=kl_gradient, max_completion_length=5,
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(loss, lp)
+    assert (loss.item(), grad.norm().item(), grad[0, 0].item(), grad[3, 0].item()) == pytest.approx(
+        GOLDEN_2[case], abs=1e-9
+    )
+    assert (grad[~mask] == 0).all() and all(v.isfinite() and not v.requires_grad for v in metrics.values())
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["on policy", "one update later"])
+@pytest.mark.parametrize("kl_gradient", ["k3", "reverse"])
+def test_on_average_each_kl_gradient_is_that_of_its_own_direction(kl_gradient, stale):
+    """Exact expectations over three outcomes: the loss of a batch with one row per outcome, weighted by its probability.
+
+    k3's gradient is that of KL(ref || pi), the ratio's is that of KL(pi || ref), also where another policy has sampled.
+    """
+    logits = torch.tensor([0.3, -0.8, 0.1], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-0.5, 0.4, 0.2], dtype=torch.float64).log_softmax(0)
+    policy = logits.log_softmax(0)
+    sampler = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64).log_softmax(0) if stale else policy.detach()
+    total = 0.0
+    for outcome in range(3):
+        lp, old, ref = (p[outcome].view(1, 1) for p in (policy, sampler, reference))
+        loss, _ = grpo_loss(
+            lp, old, ref, torch.zeros(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool), loss_type="grpo",
+            beta=1.0, kl_gradient=kl_gradient, max_completion_length=1,
+        )  # fmt: skip
+        total = total + sampler[outcome].exp() * loss
+    (found,) = torch.autograd.grad(total, logits, retain_graph=True)
+    forward = (reference.exp() * (reference - policy)).sum()
+    reverse = (policy.exp() * (policy - reference)).sum()
+    forward, reverse = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (forward, reverse))
+    assert (forward - reverse).abs().max() > 0.05  # they are not the same thing
+    if kl_gradient == "reverse":
+        assert torch.allclose(found, reverse, atol=1e-12)
+    elif not stale:
+        assert torch.allclose(found, forward, atol=1e-12)
+    else:  # k3 alone corrects nothing: off policy it is the gradient of neither
+        assert not torch.allclose(found, forward, atol=0.02) and not torch.allclose(found, reverse, atol=0.02)
+
+
+def test_off_policy_objectives_are_grpos_where_nothing_has_moved_yet():
+    """At ratio 1 GSPO and SAPO have grpo's gradient and CISPO dapo's: only further iterations tell them apart."""
+    old, _, _ = (torch.tensor(v, dtype=torch.float64) for v in (OLD_2, MOVED, APART))
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]]).bool()
+    advantages = torch.tensor([0.75, -1.25, 1.10, -0.60], dtype=torch.float64)
+
+    def gradient(**options):
+        lp = old.clone().requires_grad_(True)
+        loss, _ = grpo_loss(lp, old, None, advantages, mask, beta=0, max_completion_length=5, **options)
+        return torch.autograd.grad(loss, lp)[0]
+
+    same = {
+        "grpo": [{"loss_type": "sapo"}, {"loss_type": "grpo", "importance": "sequence"}],
+        "dapo": [{"loss_type": "cispo"}],
+    }
+    for name, others in same.items():
+        for options in others:
+            assert torch.allclose(gradient(**options), gradient(loss_type=name), atol=1e-12), options
+
+
+def test_the_policy_term_trains_the_chosen_tokens_and_the_kl_all():
+    lp, old, ref, mask = fixture()
+    chosen = torch.tensor([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0]]).bool()
+    grads = []
+    for beta in (0.0, 0.1):
+        x = lp.clone().requires_grad_(True)
+        loss, _ = grpo_loss(x, old, ref, A, mask, loss_type="dapo", beta=beta, max_completion_length=4, trained=chosen)
+        grads.append(torch.autograd.grad(loss, x)[0])
+    assert ((grads[0] != 0) <= chosen).all() and (grads[0][0, 0] != 0 or grads[0][2, 1] != 0)
+    assert torch.equal(grads[1] != 0, mask & (lp != ref) | (grads[0] != 0))
+
+
+def test_the_others_mean_is_the_groups_without_ones_own_reward():
+    rewards = torch.tensor([1, 0, 0, 0.5, 1, math.nan, 1, -1], dtype=torch.float64)
+    found = group_advantages(rewards, 4, "none", "others").tolist()
+    assert found == pytest.approx([5 / 6, -0.5, -0.5, 1 / 6, 1, 0, 1, -2], abs=1e-12)
+    assert group_advantages(torch.tensor([math.nan, 2, math.nan, math.nan]), 4, "none", "others").tolist() == [0] * 4
+
+
+def test_rewards_normalised_before_their_sum_let_a_rare_one_speak():
+    """GDPO: each function by its own group, then the sum by the batch; missing rewards leave their completion out."""
+    args = Args(num_generations=4, normalize_rewards=True, reward_weights=(1.0, 0.5))
+    parts = torch.tensor([[9, 0], [-9, 0], [9, 1], [-9, 0], [1, 1], [1, 0], [1, 0], [2, 0]], dtype=torch.float32)
+    weights = torch.tensor(args.reward_weights)
+
+    def normal(column):
+        groups = column.view(2, 4)
+        return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1)
+
+    sums = normal(parts[:, 0]) + 0.5 * normal(parts[:, 1])
+    expected = (sums - sums.mean()) / (sums.std() + 1e-4)
+    assert torch.allclose(advantages_of(parts @ weights, parts, args), expected, atol=1e-6)
+    plain = advantages_of(parts @ weights, parts, Args(num_generations=4, reward_weights=(1.0, 0.5)))
+    assert torch.equal(plain, group_advantages(parts @ weights, 4))
+    assert (expected[2] - expected[0]) > 10 * (plain[2] - plain[0])  # a spread of 9 drowned the second function
+    parts[0, 1] = math.nan
+    found = advantages_of(parts @ weights, parts, args)
+    assert found[0] == 0 and found.isfinite().all() and found[1:].std() > 0.5

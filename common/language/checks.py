@@ -15,6 +15,10 @@ def flags(args, world: World, rewards) -> None:
         fail(f"--rewards {' '.join(args.rewards)}: each once; --reward-weights makes one count more")
     if not any(args.reward_weights):
         fail("--reward-weights 0 for every reward: no completion would be better than another")
+    if args.kl_gradient != "k3" and args.beta == 0:
+        fail(f"--kl-gradient {args.kl_gradient} has nothing to change at --beta 0: raise --beta, or leave it out")
+    if args.normalize_rewards and (len(args.rewards) < 2 or (args.scale_rewards, args.baseline) != ("group", "group")):
+        fail("--normalize-rewards needs several --rewards, and leaves --scale-rewards and --baseline at group")
     B, G, micro = args.batch_size, args.num_generations, args.micro_batch_size
     if B < G or B % G:
         fail(f"--batch-size {B} is not a multiple of --num-generations {G}; try --batch-size {max(B // G, 1) * G}")

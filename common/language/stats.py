@@ -14,8 +14,8 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def with_means(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(P, G) rewards, some perhaps missing (NaN, infinite) -> (P, G) with the others' mean in their place, which changes
-    neither mean nor sum of squares; (P, 1) how many there are; (P, G) bool: missing, or equal all over the group.
+    """(P, G) rewards, some perhaps missing (NaN, infinite) -> (P, G) with the others' mean in their place, which
+    changes neither mean nor sum of squares; (P, 1) how many there are; (P, G) bool: missing, or equal in the group.
 
     Equal is by lowest and highest: rounding must not make a tiny spread, which dividing by the std would blow up.
     """
