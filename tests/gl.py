@@ -1,5 +1,6 @@
 """Whether this machine can draw without a screen."""
 
+import functools
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ env.render()
 """
 
 
+@functools.cache
 def gl_missing() -> str:
     """Empty if a frame can be drawn, else the reason; asked in another process, a driver may take its process along."""
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
