@@ -19,19 +19,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common.robot.gr00t_n15 import (
-    EAGLE,
-    EMBED,
-    GR00T,
-    LM_HEAD,
-    ActionHead,
-    AdaLayerNorm,
-    DiT,
-    EagleBackbone,
-    GR00TConfig,
-    cos_sin,
-    group_of,
-)
+from common.robot.dit import AdaLayerNorm, DiT, cos_sin
+from common.robot.gr00t_n15 import EAGLE, EMBED, GR00T, LM_HEAD, ActionHead, EagleBackbone, GR00TConfig
+
+group_of = GR00T.group_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT.parent / "shared" / "data" / "gr00t_parity"
@@ -427,7 +418,7 @@ def test_full_config_is_written_in_the_published_layout():
 
 def test_building_needs_no_flash_attn(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # an import of it would fail
-    monkeypatch.setattr("common.robot.gr00t_n15.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("common.robot.gr00t.is_flash_attn_2_available", lambda: False)
     GR00T(GR00TConfig.tiny())
     with pytest.raises(SystemExit):
         GR00T(GR00TConfig.tiny(), attn_implementation="flash_attention_2")

@@ -18,7 +18,7 @@ import ppo_fetch
 import ppo_gr00t as p
 from common.parallel import clip_gradients
 from common.robot.feature_cache import FeatureCache
-from common.robot.gr00t_n15 import GR00T, GR00TConfig, group_of
+from common.robot.gr00t_n15 import GR00T, GR00TConfig
 from common.robot.lora import add_lora, merged
 from ppo_gr00t import Agent, Args, chain_logprobs, executed_mask, ode_actions, sample_chain, transition
 
@@ -398,7 +398,7 @@ def test_adapters_train_alone_and_merge_into_a_whole_model():
     changed = {name for name in plain if not torch.equal(plain[name], whole[name])}
     weights = {f"{name}.weight" for name in adapters}
     assert weights <= changed
-    assert all(name in weights or group_of(name) == "tune_projector" for name in changed)
+    assert all(name in weights or GR00T.group_of(name) == "tune_projector" for name in changed)
 
 
 class OneFrame:

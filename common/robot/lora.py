@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import trainer_file
 from common.robot.files import read_tensors
-from common.robot.gr00t_n15 import GR00T, group_of
+from common.robot.gr00t import Network
 
 
 class LoRALinear(nn.Module):
@@ -37,7 +37,7 @@ class LoRALinear(nn.Module):
         return {"A": self.A, "B": self.B, "weight": self.linear.weight}
 
 
-def add_lora(model: GR00T, args) -> dict[str, LoRALinear]:
+def add_lora(model: Network, args) -> dict[str, LoRALinear]:
     """Puts adapters on the attention projections; trained are they and, as ever, the embodiment layers.
 
     The reference freezes the embodiment layers too, which leaves a new robot with layers that were never trained.
@@ -46,7 +46,7 @@ def add_lora(model: GR00T, args) -> dict[str, LoRALinear]:
     ends = ("q_proj", "k_proj", "v_proj", "to_q", "to_k", "to_v")
     ends += ("out_proj", "o_proj", "to_out.0") if args.lora_targets == "qkvo" else ()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(args.tune_projector and group_of(name) == "tune_projector")
+        parameter.requires_grad_(args.tune_projector and model.group_of(name) == "tune_projector")
     adapters = {}
     for name, linear in list(model.named_modules()):
         wanted = name.endswith(ends) and (args.lora_full_model or name.startswith("action_head."))
@@ -57,13 +57,13 @@ def add_lora(model: GR00T, args) -> dict[str, LoRALinear]:
     return adapters
 
 
-def put(model: GR00T, name: str, module: nn.Module) -> None:
+def put(model: Network, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 @contextmanager
-def merged(model: GR00T, adapters: dict[str, LoRALinear]):
+def merged(model: Network, adapters: dict[str, LoRALinear]):
     """Inside, the model is the plain one with the adapters added to its weights; outside, it is what it was."""
     kept = {name: adapter.linear.weight.data for name, adapter in adapters.items()}
     for name, adapter in adapters.items():

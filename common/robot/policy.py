@@ -30,7 +30,8 @@ from common.parallel import gathered
 from common.robot import transforms
 from common.robot.data_configs import DataConfig, find_data_config
 from common.robot.files import ROOT, find_folder
-from common.robot.gr00t_n15 import ELSE, EMBODIMENTS, FILES, GR00T, HINT, GR00TConfig
+from common.robot.gr00t import ELSE, FILES, HINT
+from common.robot.gr00t_n15 import EMBODIMENTS, GR00T, GR00TConfig
 from common.robot.lerobot import STATISTICS
 from common.robot.lora import LoRALinear, adapter_tensors, add_lora, merged
 from common.robot.transforms import ACTION_DIM, HORIZON, STATE_DIM, pad, to_device
