@@ -13,11 +13,11 @@ LINES = {
     "grpo_arithmetic.py": 750,
     "grpo_mixed.py": 950,
     "ppo_fetch.py": 750,
-    "gr00t_finetune.py": 800,
+    "gr00t_finetune.py": 850,
     "ppo_gr00t.py": 950,
 }
 FLAT_COMMON = 1_100
-ALL_CODE = 11_800  # 9,124 when the scripts were shortened (8,500 was the aim); what came since: docs/JOURNAL.md
+ALL_CODE = 13_100  # 9,124 when the scripts were shortened (8,500 was the aim); what came since: docs/JOURNAL.md
 FUNCTION, LOOP, FLAGS = 110, 80, 45
 SIBLINGS = {("grpo_arithmetic.py", "grpo_mixed.py"): 400, ("ppo_fetch.py", "ppo_gr00t.py"): 900}
 

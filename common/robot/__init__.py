@@ -1,8 +1,9 @@
-"""What the robot scripts share. `GR00T`, `FetchVec`, `Policy` can be imported from here: each loads what it needs."""
+"""What the robot scripts share. `GR00T`, `GR00TN17`, `FetchVec`, `Policy` can be imported from here: each loads what
+it needs."""
 
 import importlib
 
-PLACES = {"GR00T": "gr00t_n15", "FetchVec": "fetch", "Policy": "policy"}
+PLACES = {"GR00T": "gr00t_n15", "GR00TN17": "gr00t_n17", "FetchVec": "fetch", "Policy": "policy"}
 
 
 def __getattr__(name: str):

@@ -69,7 +69,8 @@ class HeadConfig:
     instruction_vocab: Annotated[int, Interval(ge=0, le=10**7)] = 0
     source: dict = field(default_factory=dict)  # the config.json this came from: keys not used here are written again
 
-    version: ClassVar[str]  # "N1.5"
+    version: ClassVar[str]  # n15 or n17
+    title: ClassVar[str]  # the same for people
     prefix: ClassVar[str]  # of the batch's keys that the backbone reads
     places: ClassVar[dict[str, str]]  # field -> where config.json has it
     optional: ClassVar[set[str]]  # fields that the published config.json does not say
@@ -102,7 +103,7 @@ class HeadConfig:
         """From the checkpoint's config.json and, where there is one, `vlm_file`. Another network: exit code 2."""
         if config.get("type") == "groot" and cls.network not in config:
             return cls()  # LeRobot describes its policy, not the network, which is the published one
-        refused, values = f"config.json is not that of a GR00T {cls.version} checkpoint", cls.read(config)
+        refused, values = f"config.json is not that of a {cls.title} checkpoint", cls.read(config)
         if absent := [cls.places[name] for name, value in values.items() if value is None and name not in cls.optional]:
             fail(f"{refused}, it has no {', '.join(absent)}")
         values = {name: value for name, value in values.items() if value is not None}
@@ -119,7 +120,7 @@ class HeadConfig:
         kept = {key: getattr(found, key) for key in cls.said_twice if config.get(key) == getattr(cls, key)}
         wrong = [(place, get(config | kept, place, want), want) for place, want in found.fixed().items()]
         if wrong := [f"{place} is {got!r}, not {want!r}" for place, got, want in wrong + found.sizes() if got != want]:
-            fail(f"config.json is not that of GR00T {cls.version}: {'; '.join(wrong)}. N1 and N1.6 are other networks")
+            fail(f"config.json is not that of {cls.title}: {'; '.join(wrong)}. N1 and N1.6 are other networks")
         return found
 
     def to_json(self) -> dict:
@@ -149,7 +150,8 @@ def get(config: dict, place: str, default=None):
 def put(config: dict, place: str, value) -> None:
     *outer, last = place.split(".")
     for key in outer:
-        config = config.setdefault(key, {})
+        config[key] = config.get(key) or {}
+        config = config[key]
     config[last] = value
 
 
@@ -192,6 +194,7 @@ class Network(nn.Module):
     embed: str
     lm_head: str
     tied: bool = False  # lm_head is always written as the embedding is, whatever the source checkpoint had
+    not_decayed: tuple[str, ...] = ("bias",)  # parts of names that weight decay spares, beside LayerNorms
     unused: float = 0.0  # what a fresh model writes in tensors that nothing computes with
     dtype_key: str  # where config.json says the dtype
     hints: dict[str, str] = {}  # tensor -> why it may be missing
@@ -225,6 +228,8 @@ class Network(nn.Module):
         """-> VL features (B, S, vl_width) for `velocity`, mask (B, S). Uses a batch's `backbone_features` if there."""
         if "backbone_features" in batch:
             features, mask = batch["backbone_features"], batch["backbone_attention_mask"]
+            if "image_mask" in batch:  # N1.7 as its original stores it: 0 pad, 1 text, 2 image
+                mask = mask.long() * (1 + batch["image_mask"].long())
         else:
             features, mask = self.backbone(batch)
         return self.process_backbone(features, mask), mask

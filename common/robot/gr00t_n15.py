@@ -96,7 +96,8 @@ class GR00TConfig(HeadConfig):
     select_layer: Layers = 12  # text layers kept, of those in text_config
     eagle: dict = field(default_factory=lambda: EAGLE)
 
-    version, prefix, vlm, vlm_file, network = "N1.5", "eagle_", "eagle", "eagle_config.json", "action_head_cfg"
+    version, title, prefix = "n15", "GR00T N1.5", "eagle_"
+    vlm, vlm_file, network = "eagle", "eagle_config.json", "action_head_cfg"
     places, optional, said_twice, published = PLACES, OPTIONAL, SAID_TWICE, PUBLISHED
     vlm_sizes, vlm_schema = EAGLE, schema_like("eagle_config", EAGLE)
 
