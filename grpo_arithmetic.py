@@ -8,7 +8,7 @@
 
 Every line of the algorithm that is an equation carries it: grep for "eq:".
 Dims: P prompts, G completions per prompt, B = P * G rows, b of them in this process, T completion tokens, V vocabulary.
-Left out on purpose: vLLM (the generation loop is here), LoRA, chat templates, rewards from a model.
+Left out on purpose: vLLM (the generation loop is here), LoRA, rewards from a model.
 
     uv run python grpo_arithmetic.py --beta 0.1                              # bundled model, laptop CPU, < 5 minutes
     uv run python grpo_arithmetic.py --model-name Qwen/Qwen2-0.5B-Instruct   # the same on a GPU
@@ -35,6 +35,7 @@ from common.language import checks, lm, probe, watch
 from common.language.data import read_problems
 from common.language.decode import Decoder, inverse_cdf, pad_right, sampling_noise
 from common.language.lm import LMArgs, Policy, Reference
+from common.language.numbers import MARKS, format_reward, marked, read_number
 from common.language.stats import Sums, with_means
 from common.language.watch import clip_metrics, eval_metrics
 from common.log import watched
@@ -60,7 +61,8 @@ class Args(LMArgs, RunArgs):
     operations: str = "+-*"  # operations to draw from, any of + - * /
     fresh: bool = False  # draw new problems at every step instead of n_samples fixed ones
     rewards: tuple[str, ...] = ("binary",)
-    """reward functions to add up: binary, partial_credit, rich, rich_exponential, length"""
+    """reward functions to add up: binary, partial_credit, rich, rich_exponential, length, and whether an answer is
+    marked: tag (<answer>56</answer>), boxed (\\boxed{56}), hashes (#### 56)"""
     reward_weights: tuple[float, ...] | None = None  # weight of each reward, in their order; default: 1 each
 
     # rollout
@@ -112,6 +114,7 @@ def resolve(args: Args, config, excluded: set[str]) -> Args:
     low, high = {"arithmetic": (0, 20), "small_numbers": (0, 10)}[args.dataset_type]
     defaults = {"min_num": low, "max_num": high, "reward_weights": (1.0,) * len(args.rewards)}
     defaults |= {"epochs": 12 if small else 50, "learning_rate": 3e-4 if small else 5e-6}
+    defaults["eval_batch_size"] = 1600 if small else 128
     defaults["exp_name"] = f"grpo_{args.dataset_type}_b{args.batch_size}_g{args.num_generations}"
     args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
     checks.operands(args, OPERATION_NAMES)
@@ -218,7 +221,7 @@ def draw_batch(pool: list[Problem], step: int, num_prompts: int, seed: int, leve
 
 
 def extract_answer(completion: str) -> str:
-    """The answer in a completion: the integer it starts with, else its first word, else "".
+    """The answer in a completion: what it marks as such, else the integer it starts with, else its first word, else "".
 
     What follows the integer is not looked at: 5 is read from "5.7" and "5 * 3 = 15" too, see docs/grpo_arithmetic.md.
     One function for reward, train accuracy and evaluation. It must be given the completion only, never the prompt.
@@ -226,6 +229,8 @@ def extract_answer(completion: str) -> str:
     >>> extract_answer(" 56. Next"), extract_answer("-3"), extract_answer("I think 56"), extract_answer("")
     ('56', '-3', 'I', '')
     """
+    if (found := marked(completion)) is not None:  # <answer>56</answer>, \boxed{56}, #### 56; as numbers: 56.0, $56
+        return read_number(found) or found
     text = completion.strip()
     number = re.match(r"-?[0-9]+", text)
     return number.group() if number else text.split()[0] if text else ""
@@ -276,7 +281,7 @@ REWARDS = {
     "rich": partial(graded_reward, score=lambda d: next((r for limit, r in RICH_STEPS if d <= limit), -0.5)),
     "rich_exponential": partial(graded_reward, score=lambda d: [1.0, 0.8, 0.5][d] if d <= 2 else 0.7**d),
     "length": length_reward,
-}
+} | {mark: partial(format_reward, mark=mark) for mark in MARKS}
 
 # ---- 3. Algorithm ----------------------------------------------------------------------------------------------------
 

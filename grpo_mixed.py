@@ -10,7 +10,7 @@ A task is a function that draws a problem, and a parser of its answers: see TASK
 shows what a mixture changes, and what is only here: curricula, and refilling groups without spread (dynamic sampling).
 Every line of the algorithm that is an equation carries it: grep for "eq:".
 Dims: P prompts, G completions per prompt, B = P * G rows, b of them in this process, T completion tokens, V vocabulary.
-Left out on purpose: vLLM (the generation loop is here), LoRA, chat templates, rewards from a model.
+Left out on purpose: vLLM (the generation loop is here), LoRA, rewards from a model.
 
     uv run python grpo_mixed.py                                              # bundled model, laptop CPU, < 5 minutes
     uv run python grpo_mixed.py --tasks arithmetic letters binary --proportions 0.4 0.3 0.3
@@ -26,6 +26,7 @@ import math
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Annotated, Literal
@@ -36,11 +37,11 @@ import torch.nn.functional as F
 from annotated_types import Interval
 
 from common.cli import Count, Fraction, Natural, NonNegative, Positive, Several, Share, Temperature, Text, fail, parse
-from common.language import checks, lm, probe, watch
+from common.language import checks, gym, lm, probe, watch
 from common.language.data import WordProblem, read_problems, read_rows
 from common.language.decode import Decoder, inverse_cdf, pad_right, sampling_noise
 from common.language.lm import LMArgs, Policy, Reference
-from common.language.numbers import final_number
+from common.language.numbers import MARKS, final_number, format_reward, marked, read_number
 from common.language.stats import Sums, with_means
 from common.language.watch import clip_metrics, eval_metrics
 from common.log import watched
@@ -58,7 +59,8 @@ class Args(LMArgs, RunArgs):
     # task
     dataset_type: Literal["mixed", "small_numbers"] = "mixed"  # mixed: numbers 0-20; small_numbers: 0-10
     tasks: tuple[str, ...] = ("arithmetic", "words", "comparison")
-    """tasks of the mixture: arithmetic, words, letters, comparison, binary, word_problems"""
+    """tasks of the mixture: arithmetic, words, letters, comparison, binary, word_problems, and of reasoning-gym (an
+    extra) rg:chain_sum, rg:countdown, ..."""
     proportions: tuple[Annotated[float, Interval(ge=1e-3, le=1e3)], ...] | None = None
     """share of each task, in their order; default: 2 for the first, 1 for each other"""
     sampling: Literal["proportional", "balanced", "adaptive"] = "proportional"
@@ -74,7 +76,8 @@ class Args(LMArgs, RunArgs):
     curriculum: Literal["none", "tasks", "three_stage", "progressive", "dynamic"] = "none"
     """change the tasks or their difficulty during training, see CURRICULA"""
     rewards: tuple[str, ...] = ("binary",)
-    """reward functions to add up: binary, partial_credit, rich, rich_exponential, length"""
+    """reward functions to add up: binary, partial_credit, rich, rich_exponential, length, score (a verifier's,
+    0 to 1), and whether an answer is marked: tag (<answer>56</answer>), boxed (\\boxed{56}), hashes (#### 56)"""
     reward_weights: tuple[float, ...] | None = None  # weight of each reward, in their order; default: 1 each
 
     # rollout
@@ -130,9 +133,11 @@ def resolve(args: Args, config) -> Args:
     defaults = {"min_num": low, "max_num": high, "reward_weights": (1.0,) * len(args.rewards)}
     defaults |= {"proportions": (2.0,) + (1.0,) * (len(args.tasks) - 1), "n_samples": 1000 if small else 150}
     defaults |= {"epochs": 6 if small else 50, "learning_rate": 3e-4 if small else 5e-6}
+    defaults["eval_batch_size"] = 1600 if small else 128
     defaults["exp_name"] = f"grpo_{args.dataset_type}_b{args.batch_size}_g{args.num_generations}"
     args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
-    checks.mixture(args, TASKS, WITHOUT_NUMBERS)
+    gym_tasks = gym.add_tasks(TASKS, args.tasks, lambda question, answer, score: Problem(question, answer, score=score))
+    checks.mixture(args, TASKS, WITHOUT_NUMBERS + gym_tasks)
     checks.operands(args, OPERATION_NAMES, different=True)
     return args
 
@@ -155,6 +160,7 @@ class Problem:
     difficulty: str = ""
     operands: tuple[int, int] | None = None
     task: str = "arithmetic"
+    score: Callable[[str], float] | None = None  # a library's verifier of answers, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -330,7 +336,7 @@ def draw_more(rng, args: Args, pool: list[Problem], level: Level, n: int, exclud
 
 
 def extract_answer(completion: str) -> str:
-    """The answer in a completion: the integer it starts with, else its first word, else "".
+    """The answer in a completion: what it marks as such, else the integer it starts with, else its first word, else "".
 
     What follows the integer is not looked at: 5 is read from "5.7" and "5 * 3 = 15" too, see docs/grpo_arithmetic.md.
     One function for reward, train accuracy and evaluation. It must be given the completion only, never the prompt.
@@ -338,6 +344,8 @@ def extract_answer(completion: str) -> str:
     >>> extract_answer(" 56. Next"), extract_answer("-3"), extract_answer("I think 56"), extract_answer("")
     ('56', '-3', 'I', '')
     """
+    if (found := marked(completion)) is not None:  # <answer>56</answer>, \boxed{56}, #### 56; as numbers: 56.0, $56
+        return read_number(found) or found
     text = completion.strip()
     number = re.match(r"-?[0-9]+", text)
     return number.group() if number else text.split()[0] if text else ""
@@ -381,7 +389,8 @@ def distance(completion: str, problem: Problem) -> int | None:
 
 
 def is_correct(completion: str, problem: Problem) -> bool:
-    return (given := parse_answer(completion, problem)) == problem.answer and given != ""
+    given = parse_answer(completion, problem)
+    return given != "" and (problem.score(given) == 1 if problem.score else given == problem.answer)
 
 
 def binary_reward(completion: str, problem: Problem) -> float:
@@ -418,7 +427,8 @@ REWARDS = {
     "rich": partial(graded_reward, score=lambda d: next((r for limit, r in RICH_STEPS if d <= limit), -0.5)),
     "rich_exponential": partial(graded_reward, score=lambda d: [1.0, 0.8, 0.5][d] if d <= 2 else 0.7**d),
     "length": length_reward,
-}
+    "score": gym.score,
+} | {mark: partial(format_reward, mark=mark) for mark in MARKS}
 
 # ---- 3. Algorithm ----------------------------------------------------------------------------------------------------
 
@@ -906,7 +916,10 @@ def main(args: Args) -> None:
         pools.append(draw_mixture(stream(args.seed, "problems", i), level, args.n_samples, excluded))
     asked, rng = sum(pools, [*problems, *validation]), stream(0, "lengths")
     if args.fresh:  # all it can draw, as far as lengths go; word problems have any length, so each counts
-        asked += [TASKS[task][0](rng, level) for level in levels for task in level.shares for _ in range(5000)]
+        kinds = [(task, level) for level in levels for task in level.shares]
+        asked += [
+            TASKS[t][0](rng, level) for t, level in kinds for _ in range(500 if t.startswith(gym.PREFIX) else 5000)
+        ]
         asked += load_word_problems(args.word_problems) if "word_problems" in args.tasks else []
     longest = checks.context(args, config, tokenizer, [p.prompt for p in asked])
     model = lm.load_model(args, run.world.device, run.checkpoint)

@@ -137,6 +137,36 @@ GRIDS: dict[str, tuple[str, list[Setting]]] = {
             Setting("dr_grpo", {"loss_type": "dr_grpo"}),
         ],
     ),
+    "objective": (
+        "Which objective, over 40 steps of 4 updates each? (with one update GSPO and SAPO are grpo, and CISPO is dapo)",
+        [
+            Setting(name, {"num_iterations": 4, "epochs": 40, "importance": "token"} | flags)
+            for name, flags in {
+                "grpo": {},
+                "dapo": {"loss_type": "dapo"},
+                "GSPO": {"importance": "sequence"},
+                "CISPO": {"loss_type": "cispo"},
+                "SAPO": {"loss_type": "sapo"},
+                "RLOO": {"baseline": "others", "scale_rewards": "none"},
+                "top entropy 0.2": {"top_entropy": 0.2},
+            }.items()
+        ],
+    ),
+    "kl_gradient": (
+        "Which gradient of the KL? (k3: that of KL(ref || policy); reverse: that of KL(policy || ref))",
+        [
+            Setting(f"{gradient} {beta:g}", {"kl_gradient": gradient, "beta": beta, "importance": "token"})
+            for beta in (0.1, 0.4)
+            for gradient in ("k3", "reverse")
+        ],
+    ),
+    "several_rewards": (
+        "Two rewards: their sum, or each normalised in its group before (GDPO)",
+        [
+            Setting("sum", {"rewards": ("binary", "partial_credit")}),
+            Setting("GDPO", {"rewards": ("binary", "partial_credit"), "normalize_rewards": True}),
+        ],
+    ),
     "scale_rewards": (
         "What are advantages divided by?",
         [Setting("group"), *(Setting(s, {"scale_rewards": s}) for s in ("batch", "none"))],

@@ -128,7 +128,7 @@ def run_ours(args: Args) -> dict:
 def run_trl(args: Args) -> dict:
     import datasets
     import torch
-    from transformers import TrainerCallback
+    from transformers import AutoConfig, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     import grpo_arithmetic as grpo
@@ -160,6 +160,10 @@ def run_trl(args: Args) -> dict:
         def on_step_end(self, *positional, **named):
             step_s.append(time.perf_counter() - self.start)
 
+    known = len(AutoTokenizer.from_pretrained(args.model_name))
+    beyond = list(
+        range(known, AutoConfig.from_pretrained(args.model_name).vocab_size)
+    )  # ids that our side never samples
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder, per_device_train_batch_size=args.micro_batch_size or args.batch_size,
@@ -168,6 +172,7 @@ def run_trl(args: Args) -> dict:
             max_completion_length=args.max_completion_length, temperature=0.7, beta=args.beta, loss_type=args.loss_type,
             learning_rate=1e-7, weight_decay=0.01, max_steps=args.steps + args.warmup, logging_steps=1, report_to="none",
             save_strategy="no", seed=42, gradient_checkpointing=False, bf16=args.device == "cuda",
+            generation_kwargs={"suppress_tokens": beyond} if beyond else None,
             use_cpu=args.device == "cpu", model_init_kwargs={"dtype": "float32"}, disable_tqdm=True,
         )  # fmt: skip
         trainer = Timed(

@@ -85,7 +85,7 @@ def mixture(args, tasks, without_numbers) -> None:
 def context(args, config, tokenizer, prompts: list[str]) -> int:
     """Each of these, all that a run can ask, has tokens and fits with its completion; returns the longest's tokens."""
     prompts = list(dict.fromkeys(prompts))
-    lengths, new_tokens = list(map(len, lm.encode(tokenizer, prompts))), args.max_completion_length
+    lengths, new_tokens = list(map(len, lm.encode(tokenizer, prompts, args))), args.max_completion_length
     if 0 in lengths:
         fail(f"the prompt {prompts[lengths.index(0)]!r} has no tokens; a model needs at least one to start from")
     longest = max(lengths)

@@ -3,12 +3,22 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 from common.cli import fail, in_words
+from common.language.chat import Conversation
 
 
 def readable(text: str) -> str:
@@ -31,6 +41,21 @@ def integer(value: Any) -> str:
 Prompt = Annotated[str, AfterValidator(readable)]
 
 
+class Message(TypedDict):
+    role: Literal["system", "user", "assistant"]
+    content: Prompt
+
+
+def conversation(value: Any) -> str:
+    """A text, or a list of messages -> a Conversation."""
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        return Conversation(TypeAdapter(list[Message]).validate_python(value, strict=True))
+    return TypeAdapter(Prompt).validate_python(value, strict=True)
+
+
+Messages = Annotated[str, PlainValidator(conversation)]
+
+
 class Row(BaseModel):
     """Other columns may be there and are left alone."""
 
@@ -42,7 +67,7 @@ class Metadata(Row):
 
 
 class EvalRow(Row):
-    prompt: Prompt
+    prompt: Messages
     answer: Annotated[str, BeforeValidator(integer)]
     difficulty: str | None = None
     metadata: Metadata | None = None

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.checkpoint import find_checkpoint, gathered
 from common.cli import Count, Natural, Text, fail
-from common.language import pretrained
+from common.language import chat, pretrained
 from common.language.decode import Decoder, GraphDecoder, additive
 from common.parallel import World, refresh, shard
 from common.run import Run
@@ -42,6 +42,9 @@ class LMArgs:
     """run folder or checkpoint whose weights to start from (a new run: optimizer and reference start afresh)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """compute precision over fp32 weights; auto: bfloat16 autocast on a GPU, float32 on a CPU"""
+    chat: bool = False  # prompts as messages, through the tokenizer's chat template
+    system_prompt: Text | None = None  # with --chat: instructions before every prompt
+    thinking: bool = False  # with --chat: let a model that has a switch for it think before it answers
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     """attention of the training rows; default: sdpa on a GPU, eager on a CPU (faster there for short rows)"""
 
@@ -58,7 +61,8 @@ class LMArgs:
     low_memory_reference: bool = False
     """keep the reference weights on the CPU and swap them in, instead of a second model on the device"""
     fsdp: bool = False  # shard weights, gradients and optimizer state over the processes of torchrun
-    eval_batch_size: Count = 1600  # completions per generation batch in evaluation
+    eval_batch_size: Count | None = None
+    """completions per generation batch in evaluation; default: 1600, above 50 M parameters 128"""
 
 
 def start_of(run: Run) -> LMArgs:
@@ -91,6 +95,7 @@ def load_tokenizer(args: LMArgs):
         generation = GenerationConfig.from_model_config(config)
     size = len(model.get_input_embeddings().weight)
     pretrained.check_tokens(name, tokenizer, size, stop_token_ids(generation, tokenizer))
+    chat.check(tokenizer, args)
     return tokenizer, config.get_text_config()
 
 
@@ -140,9 +145,12 @@ def stop_token_ids(generation: GenerationConfig, tokenizer) -> list[int]:
     return sorted(i for i in ids if i is not None)
 
 
-def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer, texts: list[str], args: LMArgs | None = None) -> list[list[int]]:
     """Ids of prompts as the model is to continue them: without the end token that some tokenizers put behind a text,
-    and with one beginning where the text brings its own."""
+    and with one beginning where the text brings its own. With args.chat through the template, which brings both."""
+    if args and args.chat:
+        rendered = [chat.render(tokenizer, text, args) for text in texts]
+        return tokenizer(rendered, add_special_tokens=False).input_ids
     bare, framed = (tokenizer("1", add_special_tokens=special).input_ids for special in (False, True))
     before = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
     after = len(framed) - before - len(bare)
@@ -291,7 +299,12 @@ class Policy:
     """
 
     def __init__(self, model, tokenizer, args: LMArgs, world: World, token_logprobs, say=print):
-        self.tokenizer, self.device, low = tokenizer, world.device, in_low_precision(args, world.device)
+        self.args, self.tokenizer, self.device, low = (
+            args,
+            tokenizer,
+            world.device,
+            in_low_precision(args, world.device),
+        )
         self.low_precision = low
         if low:  # what autocast leaves in fp32, such as rotary angles, is to be exact
             torch.set_float32_matmul_precision("highest")
@@ -305,7 +318,9 @@ class Policy:
         if args.decode == "graph" and self.device.type != "cuda":
             say("--decode graph: no CUDA graphs on a CPU; steps run uncaptured, see time/decode_fallbacks")
         self.model = prepare(model, args, world, token_logprobs)
-        self.stop_ids = stop_token_ids(model.generation_config, tokenizer)
+        self.stop_ids = sorted({*stop_token_ids(model.generation_config, tokenizer), *chat.ends(tokenizer, args)})
+        if args.chat:
+            say(f"prompts as the model reads them: {chat.render(tokenizer, '...', args)!r}")
         self.pad_id = self.stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         share_prompt = False if args.attn_implementation == "flash_attention_2" else args.share_prompt  # it has no mask
         # what `generate` has to know besides prompts, lengths, temperature and noise
@@ -319,7 +334,7 @@ class Policy:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return encode(self.tokenizer, texts)
+        return encode(self.tokenizer, texts, self.args)
 
     def texts(self, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
         """(B, T) ids -> what rewards, accuracies, evaluation and tables all see: the text up to the first end token."""

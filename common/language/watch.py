@@ -13,6 +13,11 @@ ALARMS = {  # metric -> what is alarming, what to say
         "all completions of every prompt earned the same reward, nothing to learn from this step: raise the "
         "temperature, or look at completions.jsonl",
     ),
+    "accuracy": (
+        lambda share: share == 0,
+        "no completion of this step is right, and GRPO needs a first success: easier problems, a reward with steps, "
+        "more tokens, --chat for a chat model, or supervised texts first; see docs/own_data.md",
+    ),
     "kl": (lambda nats: nats > 5, "the policy is leaving its language: lower --learning-rate or raise --beta"),
     "completions/clipped_ratio": (
         lambda share: share == 1,
