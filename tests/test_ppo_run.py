@@ -290,6 +290,7 @@ def test_a_run_logs_what_the_page_documents_and_resumes_to_the_same_bits(run):
     assert logged == documented_metrics("ppo_fetch.md")
     assert [row["step"] for row in rows(whole)] == [0, 120, 240, 360, 480]
     assert (whole / "learning.png").stat().st_size > 5000 and (whole / "health.png").stat().st_size > 5000
+    assert (whole / "report.html").stat().st_size > 50_000
     config = json.loads((whole / "config.json").read_text())
     assert config["versions"]["mujoco"] and config["args"]["gamma"] == 0.9
     assert (whole / "ppo_fetch.py").read_text() == (ROOT / "ppo_fetch.py").read_text()
