@@ -247,7 +247,10 @@ def sb3_classic(seed: int, env_id: str, flags: str) -> list[dict]:
 
     torch.set_num_threads(1)
     start, paused, rows = time.time(), 0.0, []
-    model, envs = PPO("MlpPolicy", env_id, seed=seed, device="cpu"), gym.make_vec(env_id, EPISODES)
+    model, envs = (
+        PPO("MlpPolicy", env_id, seed=seed, device="cpu"),
+        gym.make_vec(env_id, EPISODES, vectorization_mode="sync"),
+    )
 
     def measure(steps: int) -> None:
         nonlocal paused
