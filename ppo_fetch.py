@@ -41,7 +41,7 @@ from common.checkpoint import find_checkpoint, read_state
 from common.cli import Count, Fraction, Name, NonNegative, Positive, Seed, Share, Text, fail, flag, parse
 from common.parallel import World, clip_gradients, sum_gradients
 from common.robot import fetch, sim, spaces
-from common.robot.sim import SimArgs
+from common.robot.sim import RunningStatistics, SimArgs
 from common.robot.video import Videos, write_mp4
 from common.run import FREE, Run
 from common.streams import stream_seed, torch_stream
@@ -186,34 +186,6 @@ def make_groups(args: Args, world: World, pool=None, *resumed: int) -> list[Grou
 
 
 # ---- 3. Model --------------------------------------------------------------------------------------------------------
-
-
-class RunningStatistics(nn.Module):
-    """Mean and variance of everything seen so far, in float64, part of the checkpoint."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        for name, value in {"mean": torch.zeros(size), "var": torch.ones(size), "count": torch.zeros(())}.items():
-            self.register_buffer(name, value.double())
-
-    def update(self, x: torch.Tensor, world: World | None = None) -> None:
-        """Adds the rows of x (B, size), from all processes."""
-        x = x.double()
-        n, total = torch.full((), len(x), dtype=torch.float64, device=x.device), x.sum(0)
-        if world:
-            world.total(n, total)
-        mean = total / n
-        squares = ((x - mean) ** 2).sum(0)
-        if world:
-            world.total(squares)
-        if not squares.isfinite().all():
-            fail("a running statistic met a number that is not finite, or too large to be squared")
-        # eq: M2 = M2_a + M2_b + (m_b - m_a)^2 n_a n_b / (n_a + n_b)   [Chan et al. 1979]
-        count, delta = self.count + n, mean - self.mean
-        m2 = self.var * self.count + squares + delta**2 * self.count * n / count
-        self.mean += delta * n / count
-        self.var.copy_(m2 / count)
-        self.count.copy_(count)
 
 
 class Agent(nn.Module):

@@ -50,7 +50,7 @@ from common.robot.files import read_tensors
 from common.robot.gr00t_n15 import GR00T
 from common.robot.lora import load_adapters
 from common.robot.policy import GR00TArgs, Interface, save_policy, trained_parts
-from common.robot.sim import SimArgs
+from common.robot.sim import RunningStatistics, SimArgs
 from common.robot.transforms import HORIZON, pixel_values
 from common.robot.video import Videos, write_mp4
 from common.run import FREE, Run
@@ -202,34 +202,6 @@ def make_groups(args: Args, world: World, pool=None) -> list[Group]:
 
 
 # ---- 3. Model --------------------------------------------------------------------------------------------------------
-
-
-class RunningStatistics(nn.Module):
-    """Mean and variance of everything seen so far, in float64, part of the checkpoint."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        for name, value in {"mean": torch.zeros(size), "var": torch.ones(size), "count": torch.zeros(())}.items():
-            self.register_buffer(name, value.double())
-
-    def update(self, x: torch.Tensor, world: World | None = None) -> None:
-        """Adds the rows of x (B, size), from all processes."""
-        x = x.double()
-        n, total = torch.full((), len(x), dtype=torch.float64, device=x.device), x.sum(0)
-        if world:
-            world.total(n, total)
-        mean = total / n
-        squares = ((x - mean) ** 2).sum(0)
-        if world:
-            world.total(squares)
-        if not squares.isfinite().all():
-            fail("a running statistic met a number that is not finite, or too large to be squared")
-        # eq: M2 = M2_a + M2_b + (m_b - m_a)^2 n_a n_b / (n_a + n_b)   [Chan et al. 1979]
-        count, delta = self.count + n, mean - self.mean
-        m2 = self.var * self.count + squares + delta**2 * self.count * n / count
-        self.mean += delta * n / count
-        self.var.copy_(m2 / count)
-        self.count.copy_(count)
 
 
 class NoiseNet(nn.Module):

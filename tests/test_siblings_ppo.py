@@ -11,7 +11,7 @@ import ppo_fetch
 import ppo_gr00t
 
 TWINS = [
-    "potential_of", "reward_of", "RunningStatistics", "orthogonal", "mlp", "gae", "ppo_loss", "normalize_advantages",
+    "potential_of", "reward_of", "orthogonal", "mlp", "gae", "ppo_loss", "normalize_advantages",
     "minibatch_order", "own_rows", "update", "evaluate", "measure", "resolve",
 ]  # fmt: skip
 # in both under one name, and not the same: the policy, its chunks, its checkpoint, its evaluation

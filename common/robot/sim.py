@@ -278,6 +278,34 @@ def returns_of(rewards: torch.Tensor, dones: torch.Tensor, carry: torch.Tensor, 
     return torch.stack(rows)
 
 
+class RunningStatistics(torch.nn.Module):
+    """Mean and variance of everything seen so far, in float64, part of the checkpoint."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        for name, value in {"mean": torch.zeros(size), "var": torch.ones(size), "count": torch.zeros(())}.items():
+            self.register_buffer(name, value.double())
+
+    def update(self, x: torch.Tensor, world: World | None = None) -> None:
+        """Adds the rows of x (B, size), from all processes."""
+        x = x.double()
+        n, total = torch.full((), len(x), dtype=torch.float64, device=x.device), x.sum(0)
+        if world:
+            world.total(n, total)
+        mean = total / n
+        squares = ((x - mean) ** 2).sum(0)
+        if world:
+            world.total(squares)
+        if not squares.isfinite().all():
+            fail("a running statistic met a number that is not finite, or too large to be squared")
+        # eq: M2 = M2_a + M2_b + (m_b - m_a)^2 n_a n_b / (n_a + n_b)   [Chan et al. 1979]
+        count, delta = self.count + n, mean - self.mean
+        m2 = self.var * self.count + squares + delta**2 * self.count * n / count
+        self.mean += delta * n / count
+        self.var.copy_(m2 / count)
+        self.count.copy_(count)
+
+
 def explained_variance(returns: torch.Tensor, values: torch.Tensor, world: World) -> float:
     """1 for a critic that knows the returns, 0 for one that knows their mean, over the rows of all processes."""
     r, e = returns.double(), (returns - values).double()
