@@ -40,6 +40,7 @@ from safetensors.torch import save_file
 
 from common.checkpoint import trainer_file
 from common.cli import Count, Fraction, Name, Natural, NonNegative, Positive, Seed, Share, Text, fail, flag, parse
+from common.language.stats import with_means
 from common.parallel import World, clip_gradients, sum_gradients
 from common.robot import fetch, sim
 from common.robot.feature_cache import FeatureCache
@@ -110,7 +111,7 @@ class Args(GR00TArgs, SimArgs):
     gamma: Share | None = None
     """discount of an environment step, 0.9 to 0.99; default: by task, 1 with --advantage group"""
     advantage: Literal["gae", "group"] = "gae"
-    """what an action is compared with: a critic's value | the return of other episodes from the same start, no critic"""
+    """an action is compared with: a critic's value | the return of other episodes from the same start, no critic"""
     group_size: Count | None = None  # --advantage group: episodes G that begin at one start, 4 to 32; default: 8
     gae_lambda: Share = 0.95  # GAE's lambda, of a chunk
     num_minibatches: Count | None = None  # minibatches in an epoch; must divide N * T; default: by task
@@ -434,21 +435,18 @@ def chunk_advantages(rewards: torch.Tensor, values, next_values, batch: dict, ar
     return gae(rewards, values, next_values, batch["terminations"], batch["dones"], args.gamma**C, args.gae_lambda)
 
 
-def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards: str = "group") -> torch.Tensor:
+def group_advantages(rewards, num_generations: int, scale_rewards: str = "group", baseline: str = "group"):
     """Advantage of each completion over the others of its prompt.
 
     rewards: (B,) with the G completions of a prompt in consecutive rows -> (B,) float32 or float64.
     scale_rewards: "group" (GRPO), "batch" (Lite PPO, arXiv 2508.08221) or "none" (Dr. GRPO, arXiv 2503.20783).
     A completion whose reward is NaN or infinite is no part of its group: its advantage is 0.
     """
-    groups, G = rewards.view(-1, num_generations), num_generations  # (P, G)
-    scored = groups.isfinite()
-    n = scored.sum(1, keepdim=True).to(groups.dtype)  # (P, 1)
-    low = groups.masked_fill(~scored, torch.inf).amin(1, keepdim=True)
-    high = groups.masked_fill(~scored, -torch.inf).amax(1, keepdim=True)
-    # the others' mean stands in for what is missing: it changes neither the mean nor the sum of squares
-    groups = torch.where(scored, groups, groups.masked_fill(~scored, 0.0).sum(1, keepdim=True) / n)
+    G = num_generations
+    groups, n, silent = with_means(rewards.view(-1, G))  # (P, G), (P, 1) rewards of the group, (P, G) bool
     centred = groups - groups.mean(1, keepdim=True)  # eq: A_i = r_i - mean_group(r)
+    if baseline == "others":  # eq: A_i = r_i - mean_{j != i} r_j = n / (n - 1) (r_i - mean)   (RLOO, arXiv 2402.14740)
+        centred = centred * n / (n - 1)
     if scale_rewards == "group":
         std = groups.std(1, keepdim=True) * ((G - 1) / (n - 1)).sqrt()  # over n - 1
         centred = centred / (std + 1e-4)  # eq: A_i / (std_group(r) + 1e-4)
@@ -456,8 +454,7 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale_rewards:
         centred = centred / (rewards[rewards.isfinite()].std() + 1e-4)  # eq: A_i / (std_batch(r) + 1e-4)
     elif scale_rewards != "none":
         raise ValueError(f"scale_rewards must be group, batch or none, not {scale_rewards!r}")
-    # rounding must not make a tiny spread out of equal rewards, which dividing by the std would blow up
-    return centred.masked_fill(~scored | (low >= high), 0.0).reshape(-1)
+    return centred.masked_fill(silent, 0.0).reshape(-1)
 
 
 def episode_advantages(rewards, dones, gamma: float, group_size: int) -> torch.Tensor:
@@ -514,7 +511,7 @@ def normalize_advantages(advantages: torch.Tensor, world: World) -> torch.Tensor
 
 
 def advantages_of(agent: Agent, batch: dict, carry: torch.Tensor, args: Args, world: World) -> tuple[dict, dict]:
-    """The batch's advantages and returns (T, n), in units of scaled reward, and metrics; carry: see `sim.returns_of`."""
+    """Advantages and returns (T, n), in units of scaled reward, and metrics; carry: see `sim.returns_of`."""
     chunk_gamma = args.gamma**args.execute_steps
     if args.advantage == "group":
         advantages = episode_advantages(batch["rewards"], batch["dones"], chunk_gamma, args.group_size)

@@ -19,7 +19,7 @@ MADE: dict[str, "TensorVec"] = {}  # by Gymnasium id
 
 
 def tensor_envs(env_id: str, num_envs: int) -> "TensorVec":
-    """This process's only simulator of this id: training and evaluation take turns, as not every one can be had twice."""
+    """The only simulator of this id: training and evaluation take turns, as not every one can be had twice."""
     envs = MADE[env_id] = MADE.get(env_id) or TensorVec(env_id, num_envs)
     if envs.num_envs != num_envs:
         only = f"--env-backend torch has one simulator, of {envs.num_envs} environments, for evaluation too"

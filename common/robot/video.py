@@ -20,7 +20,7 @@ def no_renderer() -> str:
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int, beside: Path | None = None) -> None:
-    """frames (F, h, w, 3) uint8; on their left those of the file `beside`, as long, unless it is this one or missing."""
+    """frames (F, h, w, 3) uint8; on their left those of the file `beside`, if it is there and another."""
     import imageio
     from imageio.v3 import imread
 
