@@ -222,9 +222,8 @@ class Stored:
             side = {"cache_side": self.processor.shortest_image_edge or 0} if self.processor else {}
             return self.describe(data_config or tag, config, tag, tokenizer=tokenizer, **side)
         if about.horizon != config.horizon:
-            fail(
-                f"checkpoint '{self.source}': its policy.json has chunks of {about.horizon}, not {config.horizon} actions"
-            )
+            chunks = f"chunks of {about.horizon}, not {config.horizon} actions"
+            fail(f"checkpoint '{self.source}': its policy.json has {chunks}")
         own = dict(data_config=config, embodiment_tag=tag, tokenizer=tokenizer or about.tokenizer)
         return about.model_copy(update=own | dict(processor=self.processor, rows=self.rows))
 

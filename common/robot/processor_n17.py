@@ -324,7 +324,7 @@ def unnormalize(y: np.ndarray, mode: str, stats: dict) -> np.ndarray:
 
 
 def single(x) -> np.ndarray:
-    """Recorded numbers as the reference reads them, in single precision: a joint that hardly moves shows it. float64."""
+    """Recorded numbers as the reference reads them, in single precision: a joint that hardly moves shows it."""
     return np.asarray(x, np.float32).astype(np.float64)
 
 
@@ -363,7 +363,7 @@ def absolute(action: np.ndarray, state: np.ndarray, form: str) -> np.ndarray:
 
 
 def relative_statistics(windows: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
-    """Per step and dim, (h, width) each: `windows` are relative actions (N, width) of all observations, step by step."""
+    """Per step and dim, (h, width) each: `windows` are relative actions (N, width) of all rows, step by step."""
     steps = [column_statistics(x) for x in windows]
     return {name: np.stack([one[name] for one in steps]) for name in STATISTICS}
 
@@ -431,7 +431,7 @@ def cropped(height: int, width: int, p: Processor) -> tuple[int, int]:
 
 
 def transform_images(frames: np.ndarray, p: Processor, rng: np.random.Generator | None = None) -> torch.Tensor:
-    """Frames of one sample (T V, h, w, 3) uint8 -> (T V, 3, h', w') uint8, one draw for all of them; None: the centre."""
+    """Frames of one sample (T V, h, w, 3) uint8 -> (T V, 3, h', w') uint8; one draw for all, None: the centre."""
     x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
     x = letter_box(x) if p.letter_box_transform else x
     x = resize_area(x, *resized(*x.shape[2:], p))
@@ -558,7 +558,7 @@ class InterfaceN17(Interface):
     # ---- what is seen
 
     def read(self, observation: dict[str, Any]) -> tuple:
-        """As of N1.5, and in the nested form of N1.7's own clients: {"video": {camera: …}, "state": …, "language": …}."""
+        """As of N1.5, and in the nested form of N1.7's own clients: {"video": {…}, "state": {…}, "language": {…}}."""
         if isinstance(observation, dict) and isinstance(observation.get("state"), dict):
             flat = {}
             for kind, parts in observation.items():
