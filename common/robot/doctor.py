@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
-from common.cli import Text, fail, parse
+from common.cli import Name, Text, fail, parse
 from common.files import Object, read_json
 from common.robot.demonstrations import camera_facts, meaning
 from common.robot.frames import cache_frames
@@ -39,7 +39,7 @@ class Args:
     dataset_path: Text | None = None  # LeRobot folder or hub id to compare with the training
     observation: Text | None = None  # .npz or .json: one observation, as the policy would get it
     data_config: Text | None = None  # of an older folder that does not say it
-    embodiment_tag: Text | None = None  # default: the checkpoint's
+    embodiment_tag: Name | None = None  # default: the checkpoint's
 
 
 class Finding(NamedTuple):

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
 from common.checkpoint import find_checkpoint, trainer_file
-from common.cli import Count, Natural, NonNegative, Text, fail, flag
+from common.cli import Count, Name, Natural, NonNegative, Text, fail, flag
 from common.files import Object, read_json
 from common.parallel import gathered
 from common.robot import processor_n17
@@ -50,7 +50,7 @@ class GR00TArgs:
     model_path: Text | None = None
     """a folder in the published layout, a run folder, or a hub id such as nvidia/GR00T-N1.5-3B"""
     data_config: Text | None = None  # what the policy sees, see common/robot/data_configs.py; default: the checkpoint's
-    embodiment_tag: Text | None = None
+    embodiment_tag: Name | None = None
     """whose rows of the embodiment layers to use: a pretrained robot's (gr1, oxe_droid, agibot_genie1 of N1.5), or the
     free ones of new_embodiment (default)"""
     tokenizer: Text | None = None
@@ -77,7 +77,7 @@ class About(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     name: str  # of the data config, for people: what is meant is in `data_config`
     data_config: Annotated[ChunkConfig | DataConfig, Field(union_mode="left_to_right")]  # keys in order, their modes
-    embodiment_tag: Text = "new_embodiment"
+    embodiment_tag: Name = "new_embodiment"
     horizon: Count = HORIZON
     image_size: Natural = 0  # what the model sees of a frame, in pixels; 0: nothing
     cache_side: Natural = 256  # larger frames are first reduced to this, as they were for training; 0: they are not
@@ -96,7 +96,7 @@ class StoredArgs(TypedDict, total=False):
 
     __pydantic_config__ = ConfigDict(strict=True)
     dataset_path: list[Text] | None
-    embodiment_tag: Text | None
+    embodiment_tag: Name | None
     val_episodes: Natural | None
     batch_size: Count | None
 
