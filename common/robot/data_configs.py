@@ -181,7 +181,6 @@ def chunks(video, state, action, language: str, horizon: int = 16, relative=(), 
 
 POSE = ("x", "y", "z", "roll", "pitch", "yaw")
 DROID = ("eef_9d", "gripper_position", "joint_position")
-LEGS = ("left_leg", "right_leg", "waist", *ARMS)
 CHUNK_CONFIGS = {  # GR00T N1.7's: what its repository ships, and the examples' arms
     "oxe_droid": chunks(
         ("exterior_image_1_left", "wrist_image_left"),
@@ -194,18 +193,6 @@ CHUNK_CONFIGS = {  # GR00T N1.7's: what its repository ships, and the examples' 
         {"eef_9d": "xyz_rot6d"},
     ),
     "libero_sim": chunks(("image", "wrist_image"), (*POSE, "gripper"), (*POSE, "gripper"), TASK),
-    "simpler_env_widowx": chunks(("image_0",), (*POSE, "pad", "gripper"), (*POSE, "gripper"), TASK, 8),
-    "simpler_env_google": chunks(
-        ("image",), ("x", "y", "z", "rx", "ry", "rz", "rw", "gripper"), (*POSE, "gripper"), TASK, 8
-    ),
-    "unitree_g1": chunks(
-        ("ego_view",),
-        LEGS,
-        (*ARMS, "waist", "base_height_command", "navigate_command"),
-        "human.task_description",
-        40,
-        ("left_arm", "right_arm"),
-    ),  # published with 50 actions, which the published model has no room for
     "so100": chunks(("front", "wrist"), SO100, SO100, "human.task_description", 16, ("single_arm",)),
     "fourier_gr1_arms_only": chunks(("ego_view",), ARMS, ARMS, TASK, 16, ("left_arm", "right_arm")),
     "fetch": chunks(("front",), FETCH, ("displacement", "gripper"), "human.task_description", 8),

@@ -82,6 +82,9 @@ class Interface:
         self.image_size, self.pad_id, self.tokenizer = c.image_size, tokenizer.pad_token_id, tokenizer
         self.prompts, self.image_tokens, self.form = {}, c.tokens_per_image, form
         self.vocabulary = c.instruction_vocab or c.eagle["text_config"]["vocab_size"]
+        self.check_tokens(instructions)
+
+    def check_tokens(self, instructions: Iterable[str]) -> None:
         for text in instructions:
             if max(self.tokens(text), default=0) >= self.vocabulary:
                 fail(f"the tokenizer makes ids beyond the {self.vocabulary} of the model: --tokenizer is another one's")
@@ -175,19 +178,23 @@ class Interface:
 
         Prompts are padded on the left to the longest, or to `length`.
         """
-        prompts = [self.tokens(text) for text in instructions]
-        length = max(length, max(map(len, prompts)))
-        ids = np.full((len(prompts), length), self.pad_id)  # (N, S)
-        for row, tokens in zip(ids, prompts):
-            row[length - len(tokens) :] = tokens
-        mask = np.arange(length) >= length - np.array([len(tokens) for tokens in prompts])[:, None]
+        ids, mask = self.padded([self.tokens(text) for text in instructions], length)
         batch = {
-            "eagle_input_ids": torch.from_numpy(ids),
-            "eagle_attention_mask": torch.from_numpy(mask.astype(np.int64)),
+            "eagle_input_ids": ids,
+            "eagle_attention_mask": mask,
             "state": torch.from_numpy(np.ascontiguousarray(state))[:, None].float(),
             "embodiment_id": torch.tensor([self.embodiment]),
         }
         return batch if images is None else batch | {"images": images}
+
+    def padded(self, prompts: list[np.ndarray], length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids, on the left padded to the longest or to `length`, and the mask: (N, S) int64 each."""
+        length = max(length, max(map(len, prompts)))
+        ids = np.full((len(prompts), length), self.pad_id)
+        for row, tokens in zip(ids, prompts):
+            row[length - len(tokens) :] = tokens
+        mask = np.arange(length) >= length - np.array([len(tokens) for tokens in prompts])[:, None]
+        return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
     def dims(self, kind: str) -> int:
         """Real dims of the state or of an action, in the model's form. The model takes the first 64 of the state."""

@@ -528,11 +528,6 @@ class InterfaceN17(Interface):
             if (dims := self.dims(kind)) > most:
                 fail(f"the data config has {dims} {kind} dims, the model takes {most}")
 
-    def dims(self, kind: str) -> int:
-        """Real dims of the state or of an action."""
-        modes, facts = getattr(self.config, kind), self.metadata["modalities"][kind]
-        return sum(facts[key]["shape"][0] * (2 if mode == "sin_cos" else 1) for key, mode in modes.items())
-
     def prepare(self, c, tokenizer, instructions: Iterable[str] = (), form: str = "plain") -> None:
         """Takes sizes and tokenizer of the model; the token ids of these instructions are made at once."""
         if form != "plain":
@@ -548,9 +543,7 @@ class InterfaceN17(Interface):
         self.patch, self.merge, self.unit = c.patch_size, c.merge_size, c.patch_size * c.merge_size
         self.least, self.image_size = 1 if c.toy else LEAST, self.processor.shortest_image_edge or 0
         self.vocabulary, self.image_id = c.instruction_vocab or c.vocab_size, c.image_token_id
-        for text in instructions:
-            if max(self.tokens(text), default=0) >= self.vocabulary:
-                fail(f"the tokenizer makes ids beyond the {self.vocabulary} of the model: --tokenizer is another one's")
+        self.check_tokens(instructions)
 
     def fit(self, c, instructions: Iterable[str] = ()) -> None:
         self.prepare(c, load_tokenizer(c, self.about.tokenizer), instructions, self.about.prompt_form)
@@ -639,7 +632,7 @@ class InterfaceN17(Interface):
             if each:
                 repeats[tokens == self.image_id] = many
             prompts.append(np.repeat(tokens, repeats))
-        batch = self.padded(prompts, length)
+        batch = dict(zip(("input_ids", "attention_mask"), self.padded(prompts, length)))
         batch |= {"state": torch.from_numpy(np.ascontiguousarray(state))[:, None].float()}  # (N, 1, D)
         batch |= {"embodiment_id": torch.tensor([self.embodiment])}
         if images:
@@ -652,15 +645,6 @@ class InterfaceN17(Interface):
             batch["patches"] = torch.cat([patches(image, self.patch, self.merge) for image in fitted])
             batch["image_grid_thw"] = torch.tensor([[1, h // self.patch, w // self.patch] for h, w in sizes])
         return batch
-
-    def padded(self, prompts: list[np.ndarray], length: int) -> dict[str, torch.Tensor]:
-        """Token ids, on the left padded to the longest or to `length`: input_ids and attention_mask (N, S)."""
-        length = max(length, max(map(len, prompts)))
-        ids = np.full((len(prompts), length), self.pad_id)
-        for row, tokens in zip(ids, prompts):
-            row[length - len(tokens) :] = tokens
-        mask = np.arange(length) >= length - np.array([len(tokens) for tokens in prompts])[:, None]
-        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
 
     # ---- what is done
 
