@@ -172,29 +172,21 @@ DATA_CONFIGS = {
 }
 
 
-def chunks(video, state, action, language: str, horizon: int = 16, relative=(), steps=(0,), forms=None) -> ChunkConfig:
-    """relative: keys of the action that are joints relative to the state of the same name; forms: of the others."""
-    joints = {key: Relative((forms or {}).get(key, "joint"), key) for key in action if key in relative}
+def chunks(video, state, action, language: str, horizon: int = 16, steps=(0,), **relative) -> ChunkConfig:
+    """relative: forms of the actions that are relative to the state of the same name."""
+    relative = {key: Relative(form, key) for key, form in relative.items()}
     state, action = modes("q99", *state), modes("q99", *action)
-    return ChunkConfig(tuple(video), state, action, language, horizon=horizon, relative=joints, video_steps=steps)
+    return ChunkConfig(tuple(video), state, action, language, horizon=horizon, relative=relative, video_steps=steps)
 
 
-POSE = ("x", "y", "z", "roll", "pitch", "yaw")
-DROID = ("eef_9d", "gripper_position", "joint_position")
-CHUNK_CONFIGS = {  # GR00T N1.7's: what its repository ships, and the examples' arms
-    "oxe_droid": chunks(
-        ("exterior_image_1_left", "wrist_image_left"),
-        DROID,
-        DROID,
-        "language.language_instruction",
-        40,
-        ("eef_9d", "joint_position"),
-        (-15, 0),
-        {"eef_9d": "xyz_rot6d"},
-    ),
-    "libero_sim": chunks(("image", "wrist_image"), (*POSE, "gripper"), (*POSE, "gripper"), TASK),
-    "so100": chunks(("front", "wrist"), SO100, SO100, "human.task_description", 16, ("single_arm",)),
-    "fourier_gr1_arms_only": chunks(("ego_view",), ARMS, ARMS, TASK, 16, ("left_arm", "right_arm")),
+SEEN, DROID = ("exterior_image_1_left", "wrist_image_left"), ("eef_9d", "gripper_position", "joint_position")
+POSED = dict(eef_9d="xyz_rot6d", joint_position="joint")
+POSE = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+CHUNK_CONFIGS = {  # GR00T N1.7's: of what its repository ships, and of its examples' arms
+    "oxe_droid": chunks(SEEN, DROID, DROID, "language.language_instruction", 40, (-15, 0), **POSED),
+    "libero_sim": chunks(("image", "wrist_image"), POSE, POSE, TASK),
+    "so100": chunks(("front", "wrist"), SO100, SO100, "human.task_description", single_arm="joint"),
+    "fourier_gr1_arms_only": chunks(("ego_view",), ARMS, ARMS, TASK, left_arm="joint", right_arm="joint"),
     "fetch": chunks(("front",), FETCH, ("displacement", "gripper"), "human.task_description", 8),
 }
 

@@ -237,7 +237,7 @@ class Stored:
         keys = self.processor.modality_configs.get(tag) if self.processor else None
         if keys is None:
             return None
-        config = processor_n17.config_of(keys, self.processor)
+        config = processor_n17.config_of(keys, self.processor, f"checkpoint '{self.source}'")
         return config if self.sees else replace(config, video=())
 
     def interface(self, about: About) -> Interface:

@@ -56,18 +56,20 @@ Row = Annotated[int, Interval(ge=-1000, le=1000)]
 Side = Annotated[int, Interval(ge=16, le=4096)]
 
 
-class ActionConfig(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, protected_namespaces=())
+
+
+class ActionConfig(Strict):
     rep: Name = "ABSOLUTE"
     type: Name = "NON_EEF"
     format: Name = "DEFAULT"
     state_key: Text | None = None
 
 
-class Modality(BaseModel):
+class Modality(Strict):
     """Which rows from now, and which keys of meta/modality.json."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
     delta_indices: Annotated[list[Row], Len(1, 1000)]
     modality_keys: Annotated[list[Text], Len(0, 1000)]
     sin_cos_embedding_keys: list[Text] | None = None
@@ -75,10 +77,9 @@ class Modality(BaseModel):
     action_configs: list[ActionConfig] | None = None
 
 
-class Modalities(BaseModel):
+class Modalities(Strict):
     """What an embodiment sees and does."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
     video: Modality | None = None
     state: Modality
     action: Modality
@@ -88,10 +89,9 @@ class Modalities(BaseModel):
 JITTER = {"brightness": 0.3, "contrast": 0.4, "saturation": 0.5, "hue": 0.08}
 
 
-class Processor(BaseModel):
+class Processor(Strict):
     """`processor_kwargs` of processor_config.json; keys that are not used here are written again."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, protected_namespaces=())
     modality_configs: dict[str, Modalities] = {}
     image_crop_size: Annotated[list[Side], Len(2, 2)] | None = [230, 230]
     image_target_size: Annotated[list[Side], Len(2, 2)] | None = [256, 256]
@@ -123,8 +123,11 @@ class Processor(BaseModel):
         return "" if sizes or (self.crop_fraction and self.shortest_image_edge) else "no size of images"
 
 
-def config_of(keys: Modalities, p: Processor) -> ChunkConfig:
-    """An embodiment's keys as a data config. What is not done here ends the program."""
+FORMS = {"joint": ("NON_EEF", "DEFAULT"), "xyz_rot6d": ("EEF", "XYZ_ROT6D"), "xyz_rotvec": ("EEF", "XYZ_ROTVEC")}
+
+
+def config_of(keys: Modalities, p: Processor, who: str = "") -> ChunkConfig:
+    """An embodiment's keys as a data config. What is not done here ends the program; who: has it, for messages."""
 
     def rules(part: Modality, angles: bool) -> dict[str, Any]:
         default = "mean_std" if p.use_mean_std else "q99" if p.use_percentiles else "min_max"
@@ -134,20 +137,18 @@ def config_of(keys: Modalities, p: Processor) -> ChunkConfig:
 
     steps, how, relative = keys.action.delta_indices, keys.action.action_configs or [], {}
     if steps != list(range(len(steps))) or keys.state.delta_indices != [0] or keys.language.delta_indices != [0]:
-        fail("its delta_indices must be [0] for state and language, and 0, 1, 2, … for the action")
+        fail(f"{who}: delta_indices must be [0] for state and language, and 0, 1, 2, … for the action")
     if len(keys.language.modality_keys) != 1:
-        fail(f"it has {len(keys.language.modality_keys)} language keys: one is read")
+        fail(f"{who} has {len(keys.language.modality_keys)} language keys: one is read")
     if how and len(how) != len(keys.action.modality_keys):
-        fail(f"it has {len(how)} action_configs for {len(keys.action.modality_keys)} keys of the action: one each")
+        fail(f"{who} has {len(how)} action_configs for {len(keys.action.modality_keys)} keys of the action: one each")
     for key, one in zip(keys.action.modality_keys, how):
-        kind = (one.rep, one.type, one.format)
-        forms = {("RELATIVE", "NON_EEF", "DEFAULT"): "joint"}
-        forms |= {("RELATIVE", "EEF", name): name.lower() for name in ("XYZ_ROT6D", "XYZ_ROTVEC")}
-        if one.rep != "ABSOLUTE" and kind not in forms:
-            known = "RELATIVE NON_EEF DEFAULT, RELATIVE EEF XYZ_ROT6D or XYZ_ROTVEC, and ABSOLUTE"
-            fail(f"action '{key}' is {' '.join(kind)}: there are {known}")
+        form = {kind: form for form, kind in FORMS.items()}.get((one.type, one.format))
+        if one.rep != "ABSOLUTE" and (one.rep != "RELATIVE" or not form):
+            known = "ABSOLUTE, RELATIVE NON_EEF DEFAULT, RELATIVE EEF XYZ_ROT6D or XYZ_ROTVEC"
+            fail(f"{who}: action '{key}' is {one.rep} {one.type} {one.format}; there are {known}")
         if one.rep != "ABSOLUTE" and p.use_relative_action:
-            relative[key] = Relative(forms[kind], one.state_key or key)
+            relative[key] = Relative(form, one.state_key or key)
     video = keys.video.modality_keys if keys.video else []
     return ChunkConfig(
         tuple(video),
@@ -164,14 +165,14 @@ def modalities_of(config: ChunkConfig) -> Modalities:
     """The same the other way round: what processor_config.json says of a config."""
 
     def part(keys: Iterable[str], steps: Iterable[int] = (0,), modes: dict | None = None, **more) -> Modality:
-        lists = {f"{mode}_embedding_keys": [key for key in modes or () if modes[key] == mode] or None for mode in BY}
+        lists = {by: [key for key in modes or () if modes[key] == by] or None for by in ("sin_cos", "mean_std")}
+        lists = {f"{by}_embedding_keys": keys for by, keys in lists.items()}
         return Modality(delta_indices=list(steps), modality_keys=list(keys), **lists, **more)
 
-    forms = {"joint": ("NON_EEF", "DEFAULT"), "xyz_rot6d": ("EEF", "XYZ_ROT6D"), "xyz_rotvec": ("EEF", "XYZ_ROTVEC")}
     how = []
     for key in config.action:
         one = config.relative.get(key)
-        kind, form = forms[one.form if one else "joint"]
+        kind, form = FORMS[one.form if one else "joint"]
         state = one.state if one and one.state != key else None
         how.append(ActionConfig(rep="RELATIVE" if one else "ABSOLUTE", type=kind, format=form, state_key=state))
     return Modalities(
@@ -182,13 +183,9 @@ def modalities_of(config: ChunkConfig) -> Modalities:
     )
 
 
-BY = ("sin_cos", "mean_std")
-
-
 def read_processor(folder: Path) -> Processor | None:
     """processor_config.json of a checkpoint, None where it has none."""
-    schema = dict[str, Any]
-    raw = read_json(folder / FILES[0], schema, HINT, optional=True)
+    raw = read_json(folder / FILES[0], dict[str, Any], HINT, optional=True)
     if raw is None:
         return None
     try:
@@ -279,14 +276,13 @@ def find_chunk_config(name: str, modality: dict, p: Processor) -> ChunkConfig:
             keys = Modalities.model_validate(run_config_file(Path(name)))
         except ValidationError as error:
             fail(f"--data-config {name}: {in_words(error)}")
-        return config_of(keys, p)
+        return config_of(keys, p, f"--data-config {name}")
     mode = "q99" if p.use_percentiles else "min_max"
     if name == "auto":
         if not modality["language"]:
             fail("--data-config auto: the data set has no annotation to take the instruction from")
-        joints = [key for key in modality["action"] if "arm" in key and same_joints(key, modality)]
         state, action = (dict.fromkeys(modality[kind], mode) for kind in ("state", "action"))
-        relative = {key: Relative("joint", key) for key in joints}
+        relative = {key: Relative("joint", key) for key in action if "arm" in key and same_joints(key, modality)}
         language = next(iter(modality["language"]))
         return ChunkConfig(tuple(modality["video"]), state, action, language, horizon=16, relative=relative)
     if ":" in name:
