@@ -156,10 +156,12 @@ GRIDS: dict[str, tuple[str, list[Setting]]] = {
     "kl_gradient": (
         "Which gradient of the KL, over 40 steps? (k3: that of KL(ref || policy); reverse: that of KL(policy || ref))",
         [
-            Setting(f"{gradient} {beta:g}", {"kl_gradient": gradient, "beta": beta} | SHORT)
-            for beta in (0.1, 0.4)
-            for gradient in ("k3", "reverse")
+            Setting(gradient, {"kl_gradient": gradient} | SHORT) for gradient in ("k3", "reverse")
         ],
+    ),
+    "kl_gradient_strong": (
+        "The same with a weight of 0.4 in place of 0.1",
+        [Setting(gradient, {"kl_gradient": gradient, "beta": 0.4} | SHORT) for gradient in ("k3", "reverse")],
     ),
     "several_rewards": (
         "Two rewards over 40 steps: their sum, or each normalised in its group before (GDPO)",
