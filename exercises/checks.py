@@ -105,7 +105,7 @@ def check_advantages(f) -> None:
     if not torch.isfinite(call(f, torch.ones(4), 4)).all():
         raise Wrong("a group of equal rewards gives NaN, 0 / 0: add 1e-4 to the std before you divide")
     bare = {"your epsilon is not the equation's: std + 1e-4": (centred / (std + 1e-8)).flatten()}
-    expect(call(f, r, G), right, what, bare, "Look at what is added to the std.", 1e-7)
+    expect(call(f, r, G), right, what, bare, "Look at what is added to the std.", 1e-6)
 
 
 def check_mask(f) -> None:

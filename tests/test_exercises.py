@@ -1,7 +1,11 @@
 """The exercises: the scripts' functions pass, typical wrong answers are told what is wrong, what is right learns."""
 
+import difflib
+import importlib.util
 import io
+import json
 import re
+import sys
 from contextlib import redirect_stdout
 from types import SimpleNamespace
 
@@ -9,10 +13,12 @@ import pytest
 import torch
 from conftest import ROOT
 
+from common.cli import parse
 from exercises import checks, run, solutions
 from exercises import grpo as grpo_file
 from exercises import ppo as ppo_file
 from exercises.checks import EXERCISES, NotYet, Wrong, filled_in, grade
+from exercises.ladder import __main__ as ladder
 
 FUNCTIONS = {function: name for name, exercise in EXERCISES.items() for function in exercise.checks}
 
@@ -419,3 +425,59 @@ def test_a_function_in_the_script_is_called_with_the_scripts_arguments(name, mon
     ours, theirs = getattr(script, attribute)(*args, **options), originals[script][attribute](*args, **options)
     assert getattr(script, attribute) is not originals[script][attribute] or name in ("mask", "gae")
     torch.testing.assert_close(ours, theirs)
+
+
+# ---- the course ------------------------------------------------------------------------------------------------------
+
+COURSE = (ROOT / "docs" / "course.md").read_text()
+SITTINGS = re.split(r"^## \d+\. ", COURSE, flags=re.M)[1:]
+
+
+def test_the_course_has_ten_sittings_with_reading_run_question_and_exercise():
+    assert len(SITTINGS) == 10 and COURSE.count("```mermaid") == 5
+    for sitting in SITTINGS:
+        for part in ("**Read", "**Run", "**Question.**", "<details><summary>Answer</summary>", "**Exercise"):
+            assert part in sitting, (part, sitting[:40])
+    assert {name for name in EXERCISES if any(f"`{name}`" in s for s in SITTINGS)} == EXERCISES.keys()
+
+
+def test_the_course_names_functions_and_fields_that_exist():
+    named = re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", COURSE)
+    pairs = [(path, name) for path, names in named for name in re.findall(r"`(\w+)`", names)]
+    assert len(pairs) > 40
+    for path, name in pairs:
+        found = re.search(rf"^\s*(?:def |class )?{name}\b\s*[(:=]", (ROOT / path).read_text(), re.M)
+        assert found, f"{path} has no {name}"
+    for test in re.findall(r"`(test_\w+)` in `(tests/\w+\.py)`", COURSE):
+        assert f"def {test[0]}(" in (ROOT / test[1]).read_text()
+
+
+def test_reinforce_applies_with_git_apply_and_compares_with_nothing(tmp_path):
+    text = ladder.workspace(tmp_path, "reinforce.diff").read_text()
+    (tmp_path / "reinforce.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("reinforce", tmp_path / "reinforce.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["reinforce"] = module
+    spec.loader.exec_module(module)
+    rewards = torch.tensor([1.0, 1.0, -1.0, float("nan")])
+    assert module.group_advantages(rewards, 2, "none").tolist() == [1, 1, -1, 0]
+    changed = [line for line in difflib.ndiff((ROOT / "grpo_arithmetic.py").read_text().split("\n"), text.split("\n"))]
+    assert len([line for line in changed if line[0] in "+-"]) == 2
+
+
+def test_every_rung_is_a_command_line_of_the_script(monkeypatch):
+    for flags, diff in ladder.RUNGS.values():
+        words = ["grpo_arithmetic.py", *ladder.SHORT.split(), *flags.split()]
+        monkeypatch.setattr(sys, "argv", words)
+        assert parse(solutions.grpo_arithmetic.Args, "").num_iterations == 2
+        assert diff is None or f"exercises/ladder/{diff}" in COURSE
+        assert f"`{flags}`" in COURSE or not flags
+
+
+@pytest.mark.skipif(not (ladder.RESULTS / "ladder.jsonl").exists(), reason="the ladder has not been climbed yet")
+def test_the_ladders_table_is_that_of_its_curves():
+    rows = [json.loads(line) for line in (ladder.RESULTS / "ladder.jsonl").read_text().splitlines()]
+    assert ladder.table(rows) in COURSE
+    for row in rows:
+        assert len(row["reward"]) == 60 and row["command"].startswith("python grpo_arithmetic.py ") and row["commit"]
+    assert {row["rung"] for row in rows} == ladder.RUNGS.keys()
