@@ -43,14 +43,13 @@ from torch.utils.data import Dataset
 from common.cli import Count, Name, Natural, NonNegative, Partial, Positive, Text, Threads, fail, parse
 from common.log import watched
 from common.parallel import World, clip_gradients, shard, sum_gradients
-from common.robot.data_configs import find_data_config
 from common.robot.demonstrations import Demonstrations, Split, check_units, make_metadata, prepared, read_mixture
 from common.robot.fetch import FetchVec
 from common.robot.fetch_robot import INSTRUCTIONS, FetchRobot, misfit
-from common.robot.gr00t_n15 import EMBODIMENTS, GR00T, GR00TConfig
+from common.robot.gr00t_n15 import GR00T, GR00TConfig
 from common.robot.lerobot import Episodes, find_folder, read_info, read_modality
 from common.robot.lora import LoRALinear, load_adapters
-from common.robot.policy import About, GR00TArgs, Policy, Stored, read_stored, save_policy, trained_parts
+from common.robot.policy import GR00TArgs, Policy, Stored, read_stored, save_policy, trained_parts
 from common.robot.report import Tally, describe, draw_open_loop, in_words, open_loop_tables
 from common.robot.transforms import ACTION_DIM, HORIZON, to_device
 from common.robot.video import no_renderer
@@ -229,14 +228,14 @@ def read_data(args: Args, stored: Stored, say=print, trained: bool = False) -> t
         check_units(sets, about.data_config, metadata, stored.source)
     else:
         name = args.data_config or ("fetch" if info.get("robot_type") == "fetch" else "fourier_gr1_arms_only")
-        config = find_data_config(name, modality)
+        config = stored.find_config(name, modality)
         if args.model_path == "lite" or not stored.sees:
             config = replace(config, video=())
         sets = read_mixture(folders, config, name, say)
         metadata = make_metadata(sets, config, set_weights(sets, args), tag)
         said = dict(cache_side=args.cache_side, prompt_form=args.prompt_form, tokenizer=args.tokenizer)
-        about = About(name=name, data_config=config, embodiment_tag=tag, fps=info.get("fps"), **said)
-    data = Demonstrations(sets, about.data_config, metadata, EMBODIMENTS[tag], about)
+        about = stored.describe(name, config, tag, fps=info.get("fps"), **said)
+    data = Demonstrations(sets, about.data_config, metadata, stored.row(tag), about)
     return replace(args, data_config=about.name), data, stored.metadata | {tag: metadata}
 
 

@@ -37,11 +37,12 @@ from annotated_types import Interval
 from gymnasium.vector import AutoresetMode, VectorEnv
 from safetensors.torch import save_file
 
-from common.checkpoint import find_checkpoint, read_state
-from common.cli import Count, Fraction, Name, NonNegative, Positive, Seed, Share, Text, fail, flag, parse
+from common.checkpoint import find_checkpoint
+from common.cli import Count, Fraction, Name, NonNegative, Positive, Seed, Share, Text, fail, parse
+from common.language.stats import with_means
 from common.parallel import World, clip_gradients, sum_gradients
 from common.robot import fetch, sim, spaces
-from common.robot.sim import SimArgs
+from common.robot.sim import RunningStatistics, SimArgs, own_rows
 from common.robot.video import Videos, write_mp4
 from common.run import FREE, Run
 from common.streams import stream_seed, torch_stream
@@ -59,9 +60,9 @@ class Args(SimArgs):
     # task
     env_id: Text = "FetchReach-v4"
     """FetchReach-v4, FetchPush-v4, FetchSlide-v4, FetchPickAndPlace-v4, or any Gymnasium id with another backend"""
-    env_backend: Literal["native", "gymnasium", "gymnasium-async"] = "native"
-    """native: FetchVec, physics on threads; gymnasium: one after the other; gymnasium-async: a process each. These two
-    cannot be saved: a resumed run begins new episodes"""
+    env_backend: Literal["native", "gymnasium", "gymnasium-async", "torch"] = "native"
+    """native: FetchVec, physics on threads; gymnasium: one after the other; gymnasium-async: a process each; torch: all
+    as one, on a GPU. These three cannot be saved: a resumed run begins new episodes"""
     observation_mode: Literal["observation", "observation_goal", "full", "delta"] | None = None
     """what the policy sees of Fetch, see common/robot/fetch.py; default: delta; others: their own observation"""
     reward_mode: Literal["sparse", "dense", "distance", "shaped", "env"] | None = None
@@ -72,14 +73,18 @@ class Args(SimArgs):
     # rollout
     total_timesteps: Count | None = None  # environment steps of the run, over all processes; default: by task
     num_envs: Count | None = None  # environments N, over all processes; default: by task
-    num_steps: Count = 25  # steps T that each environment takes in an iteration, 20 to 50 for Fetch
+    num_steps: Count | None = None
+    """steps T that each environment takes in an iteration; default: by task, whole episodes with --advantage group"""
     stagger: bool = True
     """start the environments at different ages, so that no batch is all starts or all ends (native backend)"""
 
     # update
     learning_rate: Positive | None = None  # Adam step size at the start; default: by task
     anneal_lr: bool = True  # lower the step size linearly to 0 over the iterations
-    gamma: Share | None = None  # discount, 0.9 to 0.99; default: by task
+    gamma: Share | None = None  # discount, 0.9 to 0.99; default: by task, 1 with --advantage group
+    advantage: Literal["gae", "group"] = "gae"
+    """an action is compared with: a critic's value | the return of other episodes from the same start, no critic"""
+    group_size: Count | None = None  # --advantage group: episodes G that begin at one start, 4 to 32; default: 8
     gae_lambda: Share = 0.95  # GAE's lambda
     num_minibatches: Count | None = None  # minibatches in an epoch; must divide N * T; default: by task
     update_epochs: Count = 10  # passes over the batch at most, 3 to 10
@@ -105,9 +110,9 @@ class Args(SimArgs):
 SUCCESS_REWARD, SHAPING, SHAPING_GAMMA = 0.1, 5.0, 1.0  # c, k and g of the shaped reward: see `reward_of`
 
 # What differs by task where a flag is not given. "other": whatever is not Fetch, near cleanRL's settings.
-SMALL = dict(num_minibatches=4, target_kl=0.03, hidden=64)
+SMALL = dict(num_steps=25, num_minibatches=4, target_kl=0.03, hidden=64)
 REACH = SMALL | dict(observation_mode="delta", reward_mode="dense", num_envs=32, learning_rate=1e-3, gamma=0.9)
-LARGE = dict(num_minibatches=8, target_kl=0.05, hidden=256, num_envs=64, learning_rate=5e-4, gamma=0.95)
+LARGE = dict(num_steps=25, num_minibatches=8, target_kl=0.05, hidden=256, num_envs=64, learning_rate=5e-4, gamma=0.95)
 LARGE |= dict(observation_mode="delta", reward_mode="shaped")
 RECIPES = {
     "FetchReach": REACH | dict(total_timesteps=12_000),
@@ -116,6 +121,7 @@ RECIPES = {
     "FetchSlide": LARGE | dict(total_timesteps=800_000),
     "other": SMALL | dict(reward_mode="env", total_timesteps=500_000, num_envs=8, learning_rate=3e-4, gamma=0.99),
 }
+GROUPED = dict(num_steps=50, gamma=1.0, group_size=8)  # --advantage group, whatever the task
 
 
 # ---- 2. Environments -------------------------------------------------------------------------------------------------
@@ -161,6 +167,7 @@ class Group:
         self.ended = np.zeros(n, bool)  # by the last step
         self.wait = None  # ends the step that is under way
         self.observe(envs.reset(seed=seeds)[0], args)
+        self.resets = getattr(envs, "resets", 0)
 
     def observe(self, obs, args: Args) -> None:
         self.x = features(obs, args)  # (n, D)
@@ -172,48 +179,22 @@ def make_groups(args: Args, world: World, pool=None, *resumed: int) -> list[Grou
     """This process's environments at their first training episodes, or new ones after the step `resumed`; `pool` steps
     physics."""
     # 32 bits: what any simulator takes for a seed
-    seeds = [stream_seed(args.seed, "environment", i, *resumed) % 2**32 for i in range(args.num_envs)]
+    # those of a group are one stream, from which starts alone are drawn: they all begin every episode at one start
+    streams = [i // args.group_size for i in range(args.num_envs)]
+    seeds = [stream_seed(args.seed, "environment", i, *resumed) % 2**32 for i in streams]
     mine = world.share(args.num_envs)
     n, groups = (mine.stop - mine.start) // args.env_groups, []
     for first in range(mine.start, mine.stop, n):
         envs = sim.make_envs(args, n, args.env_backend, pool)
         rows = slice(first - mine.start, first - mine.start + n)
         groups.append(Group(envs, rows, seeds[first : first + n], args))
-        if args.stagger and isinstance(envs, fetch.FetchVec):
+        if args.stagger and args.advantage == "gae" and isinstance(envs, fetch.FetchVec):
             envs.elapsed[:] = np.arange(first, first + n) * envs.max_episode_steps // args.num_envs
             groups[-1].episodes.whole[:] = envs.elapsed == 0
     return groups
 
 
 # ---- 3. Model --------------------------------------------------------------------------------------------------------
-
-
-class RunningStatistics(nn.Module):
-    """Mean and variance of everything seen so far, in float64, part of the checkpoint."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        for name, value in {"mean": torch.zeros(size), "var": torch.ones(size), "count": torch.zeros(())}.items():
-            self.register_buffer(name, value.double())
-
-    def update(self, x: torch.Tensor, world: World | None = None) -> None:
-        """Adds the rows of x (B, size), from all processes."""
-        x = x.double()
-        n, total = torch.full((), len(x), dtype=torch.float64, device=x.device), x.sum(0)
-        if world:
-            world.total(n, total)
-        mean = total / n
-        squares = ((x - mean) ** 2).sum(0)
-        if world:
-            world.total(squares)
-        if not squares.isfinite().all():
-            fail("a running statistic met a number that is not finite, or too large to be squared")
-        # eq: M2 = M2_a + M2_b + (m_b - m_a)^2 n_a n_b / (n_a + n_b)   [Chan et al. 1979]
-        count, delta = self.count + n, mean - self.mean
-        m2 = self.var * self.count + squares + delta**2 * self.count * n / count
-        self.mean += delta * n / count
-        self.var.copy_(m2 / count)
-        self.count.copy_(count)
 
 
 class Agent(nn.Module):
@@ -261,12 +242,7 @@ class Agent(nn.Module):
 
     def reward_scale(self) -> torch.Tensor:
         """() float64, what rewards are multiplied by."""
-        s = self.return_statistics
-        if not self.scale_rewards or s.count == 0:
-            return torch.ones((), dtype=torch.float64)
-        # returns that hardly vary, or not at all, are no measure
-        std = torch.maximum(s.var.sqrt(), 0.01 * s.mean.abs())[0]
-        return 1.0 / (std + 1e-8) if std > 0 else torch.ones_like(std)
+        return self.return_statistics.scale() if self.scale_rewards else torch.ones((), dtype=torch.float64)
 
 
 def orthogonal(layer: nn.Linear, gain: float) -> nn.Linear:
@@ -325,6 +301,42 @@ def gae(rewards, values, next_values, terminations, dones, gamma: float, gae_lam
     return advantages, advantages + values
 
 
+def group_advantages(rewards, num_generations: int, scale_rewards: str = "group", baseline: str = "group"):
+    """Advantage of each completion over the others of its prompt.
+
+    rewards: (B,) with the G completions of a prompt in consecutive rows -> (B,) float32 or float64.
+    scale_rewards: "group" (GRPO), "batch" (Lite PPO, arXiv 2508.08221) or "none" (Dr. GRPO, arXiv 2503.20783).
+    A completion whose reward is NaN or infinite is no part of its group: its advantage is 0.
+    """
+    G = num_generations
+    groups, n, silent = with_means(rewards.view(-1, G))  # (P, G), (P, 1) rewards of the group, (P, G) bool
+    centred = groups - groups.mean(1, keepdim=True)  # eq: A_i = r_i - mean_group(r)
+    if baseline == "others":  # eq: A_i = r_i - mean_{j != i} r_j = n / (n - 1) (r_i - mean)   (RLOO, arXiv 2402.14740)
+        centred = centred * n / (n - 1)
+    if scale_rewards == "group":
+        std = groups.std(1, keepdim=True) * ((G - 1) / (n - 1)).sqrt()  # over n - 1
+        centred = centred / (std + 1e-4)  # eq: A_i / (std_group(r) + 1e-4)
+    elif scale_rewards == "batch":
+        centred = centred / (rewards[rewards.isfinite()].std() + 1e-4)  # eq: A_i / (std_batch(r) + 1e-4)
+    elif scale_rewards != "none":
+        raise ValueError(f"scale_rewards must be group, batch or none, not {scale_rewards!r}")
+    return centred.masked_fill(silent, 0.0).reshape(-1)
+
+
+def episode_advantages(rewards, dones, gamma: float, group_size: int) -> torch.Tensor:
+    """Advantages (T, N) without a critic: each episode's return against those of its group, the same in all its steps.
+
+    rewards, dones (T, N): whole episodes of one length; group_size environments in consecutive columns began at one
+    start.
+    """
+    length, N = len(rewards) // int(dones[:, 0].sum()), rewards.shape[1]
+    steps = torch.arange(length, device=rewards.device)[:, None]
+    # eq: R = sum_t gamma^t r_t,  A = (R - mean_group(R)) / (std_group(R) + 1e-4) in every step
+    returns = (rewards.view(-1, length, N).double() * gamma**steps).sum(1)  # (episodes, N)
+    advantages = group_advantages(returns.reshape(-1), group_size).view_as(returns)
+    return advantages.float().repeat_interleave(length, 0)
+
+
 def ppo_loss(
     logprobs, old_logprobs, advantages, entropy, values, returns, *, clip_coef=0.2, ent_coef=0.0, vf_coef=0.5
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -364,22 +376,35 @@ def normalize_advantages(advantages: torch.Tensor, world: World) -> torch.Tensor
     return ((a - total / n) / (std + 1e-8)).float()
 
 
+def advantages_of(agent: Agent, batch: dict, carry: torch.Tensor, args: Args, world: World) -> tuple[dict, dict]:
+    """Advantages and returns (T, n), in units of scaled reward, and metrics; carry: see `sim.returns_of`."""
+    if args.advantage == "group":
+        advantages = episode_advantages(batch["rewards"], batch["dones"], args.gamma, args.group_size)
+        found = {"charts/groups_alike": sim.alike(advantages[batch["dones"]], args.group_size, world)}
+        return {"advantages": advantages, "returns": torch.zeros_like(advantages)}, found
+    if args.scale_rewards:
+        discounted = sim.returns_of(batch["rewards"], batch["dones"], carry, args.gamma)
+        agent.return_statistics.update(discounted.reshape(-1, 1), world)
+    rewards = batch["rewards"] * agent.reward_scale().float()
+    with torch.no_grad():
+        values, next_values = agent.value(batch["obs"]), agent.value(batch["next_obs"])
+    ends = batch["terminations"], batch["dones"]
+    advantages, returns = gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
+    metrics = {"losses/explained_variance": sim.explained_variance(returns, values, world)}
+    return {"advantages": advantages, "returns": returns}, metrics
+
+
 def minibatch_order(num: int, generator: torch.Generator) -> torch.Tensor:
     """The order in which an epoch goes through the batch: each row once, anew in every epoch."""
     return torch.randperm(num, generator=generator)
-
-
-def own_rows(rows: torch.Tensor, n: int, world: World) -> torch.Tensor:
-    """Which rows of this process's (T * n) batch are among `rows` of the (T * N) batch of all processes."""
-    env = rows % (n * world.size) - n * world.rank
-    return (rows // (n * world.size) * n + env)[(env >= 0) & (env < n)]
 
 
 def minibatch_loss(agent: Agent, mb: dict, advantages: torch.Tensor, args: Args) -> tuple[torch.Tensor, dict]:
     """`ppo_loss` of a minibatch's rows under the present weights; with --compile one graph, networks included."""
     logprobs, entropy = logprobs_entropy(agent, agent.policy(mb["obs"]), mb["actions"])
     weights = dict(clip_coef=args.clip_coef, ent_coef=args.ent_coef, vf_coef=args.vf_coef)
-    return ppo_loss(logprobs, mb["logprobs"], advantages, entropy, agent.value(mb["obs"]), mb["returns"], **weights)
+    values = agent.value(mb["obs"]) if args.advantage == "gae" else mb["returns"]
+    return ppo_loss(logprobs, mb["logprobs"], advantages, entropy, values, mb["returns"], **weights)
 
 
 def update(agent: Agent, loss_of, optimizer, scaler, batch: dict, args: Args, generator, world: World) -> dict:
@@ -397,7 +422,8 @@ def update(agent: Agent, loss_of, optimizer, scaler, batch: dict, args: Args, ge
         for rows in valid[minibatch_order(len(valid), generator)].split(size):
             local = own_rows(rows, n, world)
             advantages = flat["advantages"][local]
-            advantages = normalize_advantages(advantages, world) if args.norm_adv else advantages
+            if args.norm_adv and args.advantage == "gae":
+                advantages = normalize_advantages(advantages, world)
             share = len(local) / len(rows)
             if not share:  # no row is this process's: it computes one that does not count
                 local, advantages = local.new_zeros(1), advantages.new_zeros(1)
@@ -452,6 +478,10 @@ def rollout(agent: Agent, groups: list[Group], args: Args, generator, world: Wor
         "valid": np.ones((T, n), bool),
     }
     draw, episodes = torch.rand if agent.choices else torch.randn, []
+    for group in groups:
+        if group.resets != getattr(group.envs, "resets", 0):  # an evaluation had the only simulator: new episodes
+            seeds = torch.randint(2**31, (args.num_envs,), generator=generator)[mine].tolist()
+            group.__init__(group.envs, group.rows, seeds, args)
     for t in range(T + 1):
         # noise for all environments of the run: numbers do not depend on groups or processes
         noise = draw((args.num_envs, *space.shape), generator=generator)[mine] if t < T else None
@@ -574,10 +604,11 @@ POLICY = ("env_id", "observation_mode", "hidden", "normalize_obs")
 
 
 def resolve(args: Args) -> Args:
-    """Fills in what depends on the task."""
+    """Fills in what depends on the task and on the kind of advantage."""
     recipe = RECIPES.get(fetch.task_of(args.env_id), {})
     if fetch.is_fetch(args.env_id) and "Dense" in args.env_id:
         recipe = recipe | {"reward_mode": "dense"}  # what the id promises
+    recipe = recipe | (GROUPED if args.advantage == "group" else {"group_size": 1})
     return replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
 
 
@@ -591,21 +622,11 @@ def check(args: Args, world: World) -> None:
     if not args.stagger and args.env_backend != "native":
         fail(f"--no-stagger is for --env-backend native; {args.env_backend} starts all environments at once: drop it")
     sim.check_numbers(args, args.num_envs * args.num_steps, world)
+    sim.check_groups(args, Args, args.max_episode_steps or 50, world)
     if args.eval_only and not args.init_from:
         fail("--eval-only measures the policy of --init-from: give a run folder")
     if args.init_from:
-        check_agent(find_checkpoint(args.init_from, best=True), args)
-
-
-def check_agent(folder: Path, args: Args) -> None:
-    """A checkpoint that another run may start from is of the same task, observation and network."""
-    saved = read_state(folder, "ppo_fetch")
-    for name in POLICY:
-        old, new = saved.get(name, getattr(Args, name)), getattr(args, name)
-        same = old == new or new is None or name == "env_id" and fetch.task_of(old) == fetch.task_of(new) != "other"
-        if not same:
-            add = {True: flag(name), False: flag(f"no_{name}")}.get(old, f"{flag(name)} {old}")
-            fail(f"checkpoint '{folder}' was trained with {name} {old}, not {new}; add {add}")
+        sim.check_policy(find_checkpoint(args.init_from, best=True), "ppo_fetch", args, Args, POLICY)
 
 
 def train(run: Run, args: Args) -> None:
@@ -615,7 +636,7 @@ def train(run: Run, args: Args) -> None:
     iterations = args.total_timesteps // run.unit
     groups = make_groups(args, world, pool)
     # FetchVec is gymnasium bit for bit: evaluation uses it whatever the training backend
-    eval_backend = "native" if fetch.is_fetch(args.env_id) else "gymnasium"
+    eval_backend = "native" if fetch.is_fetch(args.env_id) else args.env_backend.removesuffix("-async")
     eval_envs = sim.make_envs(args, args.eval_episodes, eval_backend, pool, evaluation=True) if world.main else None
     space = groups[0].envs.single_action_space
     agent = Agent(groups[0].x.shape[1], space, args).to(world.device)
@@ -639,7 +660,7 @@ def train(run: Run, args: Args) -> None:
     def write(folder: Path | None) -> dict:
         if folder:
             save_file({k: v.contiguous() for k, v in agent.state_dict().items()}, folder / "model.safetensors")
-        # the settings of the policy: see `check_agent`
+        # the settings of the policy: see `sim.check_policy`
         return {name: getattr(args, name) for name in POLICY} | sim.save(folder, groups, carry, scaler, world)
 
     state = run.resume(state, optimizer)
@@ -664,40 +685,26 @@ def train(run: Run, args: Args) -> None:
         with run.clock("rollout"):
             batch, episodes = rollout(agent, groups, args, torch_stream(args.seed, "noise", step), world)
         with run.clock("update"):
-            # ---- 2. values, advantages, returns: in units of scaled reward ----
-            if args.scale_rewards:
-                discounted = sim.returns_of(batch["rewards"], batch["dones"], carry, args.gamma)
-                agent.return_statistics.update(discounted.reshape(-1, 1), world)
-            rewards = batch["rewards"] * agent.reward_scale().float()
-            with torch.no_grad():
-                values, next_values = agent.value(batch["obs"]), agent.value(batch["next_obs"])
-            ends = batch["terminations"], batch["dones"]
-            advantages, returns = gae(rewards, values, next_values, *ends, args.gamma, args.gae_lambda)
+            # ---- 2. values, advantages, returns ----
+            weighed, found = advantages_of(agent, batch, carry, args, world)
 
             # ---- 3. update ----
             for group, rate in zip(optimizer.param_groups, rates):
                 # eq: lr_i = lr (1 - i / I),  i = 0 ... I - 1
                 group["lr"] = rate * (1 - step / iterations) if args.anneal_lr else rate
-            batch |= {"advantages": advantages, "returns": returns}
             order = torch_stream(args.seed, "order", step)
-            metrics = update(agent, loss_of, optimizer, scaler, batch, args, order, world)
+            metrics = update(agent, loss_of, optimizer, scaler, batch | weighed, args, order, world)
             # only now: the statistics that the actions were sampled with are those that they were scored with
             agent.statistics.update(batch["obs"].flatten(0, 1), world)
 
         # ---- 4. log ----
-        state["steps"] += run.unit
-        state["train_s"] += run.seconds.total()
         state["recent"] = (state["recent"] + world.gather(episodes))[-100:]
         metrics = {f"losses/{name}": float(value) for name, value in metrics.items()}
-        metrics |= sim.summary(state["recent"], "charts") | {
-            "losses/explained_variance": sim.explained_variance(returns, values, world),
+        metrics |= found | sim.summary(state["recent"], "charts") | sim.times(run, state)
+        metrics |= {
             "losses/action_std": 0.0 if agent.choices else agent.log_std.exp().mean().item(),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/reward_scale": float(agent.reward_scale()),
-            "time/rollout_s": run.seconds["rollout"],
-            "time/update_s": run.seconds["update"],
-            "time/train_s": state["train_s"],
-            "time/SPS": run.unit / run.seconds.total(),
         }
         sim.check_first_ratio(run, step + 1, metrics, 1e-3)
 

@@ -23,7 +23,6 @@ of which the robot has 4, K steps of the flow, M noisy ones among them, S backbo
 import common.stop  # noqa: F401, first: Ctrl-C is heard while the rest is imported
 
 import math
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -37,20 +36,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from annotated_types import Interval
-from imageio.v3 import imread
 from safetensors.torch import save_file
 
 from common.checkpoint import trainer_file
 from common.cli import Count, Fraction, Name, Natural, NonNegative, Positive, Seed, Share, Text, fail, flag, parse
+from common.language.stats import with_means
 from common.parallel import World, clip_gradients, sum_gradients
 from common.robot import fetch, sim
 from common.robot.feature_cache import FeatureCache
-from common.robot.fetch_robot import Camera, FetchRobot, read_interface
+from common.robot.fetch_robot import Camera, FetchRobot, fine_tuned, read_interface
 from common.robot.files import read_tensors
 from common.robot.gr00t_n15 import GR00T
 from common.robot.lora import load_adapters
 from common.robot.policy import GR00TArgs, Interface, save_policy, trained_parts
-from common.robot.sim import SimArgs
+from common.robot.sim import RunningStatistics, SimArgs, own_rows
 from common.robot.transforms import HORIZON, pixel_values
 from common.robot.video import Videos, write_mp4
 from common.run import FREE, Run
@@ -96,7 +95,8 @@ class Args(GR00TArgs, SimArgs):
     # rollout
     total_timesteps: Count | None = None  # environment steps of the run, over all processes; default: by task
     num_envs: Count = 64  # environments N, over all processes
-    num_steps: Count | None = None  # chunks T that each environment executes in an iteration; default: by task
+    num_steps: Count | None = None
+    """chunks T that each environment executes in an iteration; default: by task, 10 with --advantage group"""
     execute_steps: Annotated[int, Interval(ge=1, le=HORIZON)] = 5
     """actions C executed of each predicted chunk of 16 before the next look"""
     stagger: bool = True  # start the environments at different ages, so that no batch is all starts or all ends
@@ -109,7 +109,10 @@ class Args(GR00TArgs, SimArgs):
     """passes of the critic alone after those of both; its features are stored, so they cost next to nothing"""
     anneal_lr: bool = True  # lower the step sizes linearly to 0 over the iterations
     gamma: Share | None = None
-    """discount of an environment step, 0.9 to 0.99; default: by task"""
+    """discount of an environment step, 0.9 to 0.99; default: by task, 1 with --advantage group"""
+    advantage: Literal["gae", "group"] = "gae"
+    """an action is compared with: a critic's value | the return of other episodes from the same start, no critic"""
+    group_size: Count | None = None  # --advantage group: episodes G that begin at one start, 4 to 32; default: 8
     gae_lambda: Share = 0.95  # GAE's lambda, of a chunk
     num_minibatches: Count | None = None  # minibatches in an epoch; must divide N * T; default: by task
     update_epochs: Count = 5  # passes over the batch at most
@@ -136,6 +139,7 @@ RECIPES = {
     "FetchPush": LARGE | dict(reward_mode="shaped", total_timesteps=240_000),
     "FetchPickAndPlace": LARGE | dict(reward_mode="shaped", total_timesteps=240_000),
 }
+GROUPED = dict(num_steps=10, gamma=1.0, group_size=8)  # --advantage group, whatever the task
 # The default run's starting policy: a lite GR00T that saw too few frames.
 START = (
     "gr00t_finetune.py --model-path lite --max-samples 90 --max-steps 400 --batch-size 32 --learning-rate 6e-3 "
@@ -187,14 +191,15 @@ def make_envs(args: Args, num_envs: int, pool=None) -> fetch.FetchVec:
 def make_groups(args: Args, world: World, pool=None) -> list[Group]:
     """This process's environments at their first training episodes; `pool` steps physics."""
     # 32 bits: what any simulator takes for a seed
-    seeds = [stream_seed(args.seed, "environment", i) % 2**32 for i in range(args.num_envs)]
+    # those of a group are one stream, from which starts alone are drawn: they all begin every episode at one start
+    seeds = [stream_seed(args.seed, "environment", i // args.group_size) % 2**32 for i in range(args.num_envs)]
     mine = world.share(args.num_envs)
     n, groups = (mine.stop - mine.start) // args.env_groups, []
     for first in range(mine.start, mine.stop, n):
         envs = make_envs(args, n, pool)
         rows = slice(first - mine.start, first - mine.start + n)
         groups.append(Group(envs, rows, seeds[first : first + n], args))
-        if args.stagger:  # whole chunks, as in the episodes that follow
+        if args.stagger and args.advantage == "gae":  # whole chunks, as in the episodes that follow
             chunks = math.ceil(EPISODE / args.execute_steps)
             envs.elapsed[:] = np.arange(first, first + n) * chunks // args.num_envs * args.execute_steps
             groups[-1].episodes.whole[:] = envs.elapsed == 0
@@ -202,34 +207,6 @@ def make_groups(args: Args, world: World, pool=None) -> list[Group]:
 
 
 # ---- 3. Model --------------------------------------------------------------------------------------------------------
-
-
-class RunningStatistics(nn.Module):
-    """Mean and variance of everything seen so far, in float64, part of the checkpoint."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        for name, value in {"mean": torch.zeros(size), "var": torch.ones(size), "count": torch.zeros(())}.items():
-            self.register_buffer(name, value.double())
-
-    def update(self, x: torch.Tensor, world: World | None = None) -> None:
-        """Adds the rows of x (B, size), from all processes."""
-        x = x.double()
-        n, total = torch.full((), len(x), dtype=torch.float64, device=x.device), x.sum(0)
-        if world:
-            world.total(n, total)
-        mean = total / n
-        squares = ((x - mean) ** 2).sum(0)
-        if world:
-            world.total(squares)
-        if not squares.isfinite().all():
-            fail("a running statistic met a number that is not finite, or too large to be squared")
-        # eq: M2 = M2_a + M2_b + (m_b - m_a)^2 n_a n_b / (n_a + n_b)   [Chan et al. 1979]
-        count, delta = self.count + n, mean - self.mean
-        m2 = self.var * self.count + squares + delta**2 * self.count * n / count
-        self.mean += delta * n / count
-        self.var.copy_(m2 / count)
-        self.count.copy_(count)
 
 
 class NoiseNet(nn.Module):
@@ -314,12 +291,7 @@ class Agent(nn.Module):
 
     def reward_scale(self) -> torch.Tensor:
         """() float64, what rewards are multiplied by."""
-        s = self.return_statistics
-        if not self.scale_rewards or s.count == 0:
-            return torch.ones((), dtype=torch.float64)
-        # returns that hardly vary, or not at all, are no measure
-        std = torch.maximum(s.var.sqrt(), 0.01 * s.mean.abs())[0]
-        return 1.0 / (std + 1e-8) if std > 0 else torch.ones_like(std)
+        return self.return_statistics.scale() if self.scale_rewards else torch.ones((), dtype=torch.float64)
 
 
 def orthogonal(layer: nn.Linear, gain: float) -> nn.Linear:
@@ -463,6 +435,42 @@ def chunk_advantages(rewards: torch.Tensor, values, next_values, batch: dict, ar
     return gae(rewards, values, next_values, batch["terminations"], batch["dones"], args.gamma**C, args.gae_lambda)
 
 
+def group_advantages(rewards, num_generations: int, scale_rewards: str = "group", baseline: str = "group"):
+    """Advantage of each completion over the others of its prompt.
+
+    rewards: (B,) with the G completions of a prompt in consecutive rows -> (B,) float32 or float64.
+    scale_rewards: "group" (GRPO), "batch" (Lite PPO, arXiv 2508.08221) or "none" (Dr. GRPO, arXiv 2503.20783).
+    A completion whose reward is NaN or infinite is no part of its group: its advantage is 0.
+    """
+    G = num_generations
+    groups, n, silent = with_means(rewards.view(-1, G))  # (P, G), (P, 1) rewards of the group, (P, G) bool
+    centred = groups - groups.mean(1, keepdim=True)  # eq: A_i = r_i - mean_group(r)
+    if baseline == "others":  # eq: A_i = r_i - mean_{j != i} r_j = n / (n - 1) (r_i - mean)   (RLOO, arXiv 2402.14740)
+        centred = centred * n / (n - 1)
+    if scale_rewards == "group":
+        std = groups.std(1, keepdim=True) * ((G - 1) / (n - 1)).sqrt()  # over n - 1
+        centred = centred / (std + 1e-4)  # eq: A_i / (std_group(r) + 1e-4)
+    elif scale_rewards == "batch":
+        centred = centred / (rewards[rewards.isfinite()].std() + 1e-4)  # eq: A_i / (std_batch(r) + 1e-4)
+    elif scale_rewards != "none":
+        raise ValueError(f"scale_rewards must be group, batch or none, not {scale_rewards!r}")
+    return centred.masked_fill(silent, 0.0).reshape(-1)
+
+
+def episode_advantages(rewards, dones, gamma: float, group_size: int) -> torch.Tensor:
+    """Advantages (T, N) without a critic: each episode's return against those of its group, the same in all its steps.
+
+    rewards, dones (T, N): whole episodes of one length; group_size environments in consecutive columns began at one
+    start.
+    """
+    length, N = len(rewards) // int(dones[:, 0].sum()), rewards.shape[1]
+    steps = torch.arange(length, device=rewards.device)[:, None]
+    # eq: R = sum_t gamma^t r_t,  A = (R - mean_group(R)) / (std_group(R) + 1e-4) in every step
+    returns = (rewards.view(-1, length, N).double() * gamma**steps).sum(1)  # (episodes, N)
+    advantages = group_advantages(returns.reshape(-1), group_size).view_as(returns)
+    return advantages.float().repeat_interleave(length, 0)
+
+
 def ppo_loss(
     logprobs, old_logprobs, advantages, entropy, values, returns, *, clip_coef=0.2, ent_coef=0.0, vf_coef=0.5
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -502,15 +510,27 @@ def normalize_advantages(advantages: torch.Tensor, world: World) -> torch.Tensor
     return ((a - total / n) / (std + 1e-8)).float()
 
 
+def advantages_of(agent: Agent, batch: dict, carry: torch.Tensor, args: Args, world: World) -> tuple[dict, dict]:
+    """Advantages and returns (T, n), in units of scaled reward, and metrics; carry: see `sim.returns_of`."""
+    chunk_gamma = args.gamma**args.execute_steps
+    if args.advantage == "group":
+        advantages = episode_advantages(batch["rewards"], batch["dones"], chunk_gamma, args.group_size)
+        found = {"charts/groups_alike": sim.alike(advantages[batch["dones"]], args.group_size, world)}
+        return {"advantages": advantages, "returns": torch.zeros_like(advantages)}, found
+    if args.scale_rewards:
+        discounted = sim.returns_of(batch["rewards"], batch["dones"], carry, chunk_gamma)
+        agent.return_statistics.update(discounted.reshape(-1, 1), world)
+    rewards = batch["rewards"] * agent.reward_scale().float()
+    with torch.no_grad():
+        values, next_values = agent.value(batch["condition"]), agent.value(batch["next_condition"])
+    advantages, returns = chunk_advantages(rewards, values, next_values, batch, args)
+    metrics = {"losses/explained_variance": sim.explained_variance(returns, values, world)}
+    return {"advantages": advantages, "returns": returns}, metrics
+
+
 def minibatch_order(num: int, generator: torch.Generator) -> torch.Tensor:
     """The order in which an epoch goes through the batch: each row once, anew in every epoch."""
     return torch.randperm(num, generator=generator)
-
-
-def own_rows(rows: torch.Tensor, n: int, world: World) -> torch.Tensor:
-    """Which rows of this process's (T * n) batch are among `rows` of the (T * N) batch of all processes."""
-    env = rows % (n * world.size) - n * world.rank
-    return (rows // (n * world.size) * n + env)[(env >= 0) & (env < n)]
 
 
 def minibatch_loss(agent: Agent, mb: dict, advantages: torch.Tensor, args: Args, cache: FeatureCache):
@@ -519,7 +539,7 @@ def minibatch_loss(agent: Agent, mb: dict, advantages: torch.Tensor, args: Args,
     mask = executed_mask(mb["lengths"], mb["chain"][:, 0])
     logprobs, entropy = chain_logprobs(agent, look, mb["chain"], mb["first"], mask, args)
     weights = dict(clip_coef=args.clip_coef, ent_coef=args.ent_coef, vf_coef=args.vf_coef)
-    values = agent.value(mb["condition"])
+    values = agent.value(mb["condition"]) if args.advantage == "gae" else mb["returns"]
     return ppo_loss(logprobs, mb["logprobs"], advantages, entropy, values, mb["returns"], **weights)
 
 
@@ -538,7 +558,8 @@ def update(agent: Agent, loss_of, optimizer, scaler, batch: dict, args: Args, ge
         for rows in valid[minibatch_order(len(valid), generator)].split(size):
             local = own_rows(rows, n, world)
             advantages = flat["advantages"][local]
-            advantages = normalize_advantages(advantages, world) if args.norm_adv else advantages
+            if args.norm_adv and args.advantage == "gae":
+                advantages = normalize_advantages(advantages, world)
             share = len(local) / len(rows)
             if not share:  # no row is this process's: it computes one that does not count
                 local, advantages = local.new_zeros(1), advantages.new_zeros(1)
@@ -745,10 +766,7 @@ def record_video(path: Path, act, args: Args) -> list[dict]:
 
     episodes = play(act, envs, args, draw)
     film = np.concatenate([[frame[i] for frame in frames] for i in range(args.video_episodes)])
-    start = path.with_name("step-000000000.mp4")
-    if start.exists() and start != path:
-        film = np.concatenate([imread(start)[: len(film)], film], axis=2)
-    write_mp4(path, film, fps=25)
+    write_mp4(path, film, fps=25, beside=path.with_name("step-000000000.mp4"))
     envs.close()
     camera.close()
     return [sim.video_row(episode) for episode in episodes]
@@ -758,10 +776,11 @@ def record_video(path: Path, act, args: Args) -> list[dict]:
 
 
 def resolve(args: Args) -> Args:
-    """Fills in what depends on the task."""
+    """Fills in what depends on the task and on the kind of advantage."""
     recipe = RECIPES.get(fetch.task_of(args.env_id), {})
     if fetch.is_fetch(args.env_id) and "Dense" in args.env_id:
         recipe = recipe | {"reward_mode": "dense"}  # what the id promises
+    recipe = recipe | (GROUPED if args.advantage == "group" else {"group_size": 1})
     return replace(args, **{key: value for key, value in recipe.items() if getattr(args, key) is None})
 
 
@@ -774,7 +793,8 @@ def check(args: Args, world: World) -> None:
     sim.check_numbers(args, args.num_envs * args.num_steps * args.execute_steps, world)
     if args.noise_range[0] >= args.noise_range[1]:
         fail(f"--noise-range {args.noise_range[0]} {args.noise_range[1]}: two positive numbers, the smaller one first")
-    if args.sampler == "flow-noise" and not args.critic_warmup:
+    sim.check_groups(args, Args, math.ceil(EPISODE / args.execute_steps), world)
+    if args.sampler == "flow-noise" and args.advantage == "gae" and not args.critic_warmup:
         fail("--critic-warmup 0: Flow-Noise learns its features' statistics from the first iteration; give at least 1")
     for name, sampler in (("noisy_step", "flow-sde"), ("noise_range", "flow-noise"), ("ent_coef", "flow-noise")):
         if getattr(args, name) != getattr(Args, name) and args.sampler != sampler:
@@ -785,16 +805,7 @@ def check(args: Args, world: World) -> None:
 
 def fine_tune_start(args: Args, run: Run) -> Args:
     """Makes the default run's starting policy: few frames, few steps, so that there is something to improve."""
-    command = [*START.split(), "--output-dir", str(run.folder / "start"), "--torch-threads", str(args.torch_threads)]
-    if run.world.main:
-        run.say(f"no --model-path: fine-tuning a starting policy with {' '.join(command)}")
-        script = Path(__file__).with_name(command[0])
-        done = subprocess.run([sys.executable, str(script), *command[1:]], capture_output=True, text=True)
-        if done.returncode:
-            fail(f"the starting policy could not be made: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    run.world.gather([])  # the others wait
-    (folder,) = (run.folder / "start" / "gr00t_finetune").iterdir()
-    return replace(args, model_path=str(folder))
+    return replace(args, model_path=fine_tuned(f"{START} --torch-threads {args.torch_threads}", run))
 
 
 def load_agent(args: Args, interface: Interface, run: Run) -> tuple[Agent, FetchRobot, dict]:
@@ -869,43 +880,34 @@ def train(run: Run, args: Args, interface: Interface) -> None:
             noise = torch_stream(args.seed, "noise", step)
             batch, cache, episodes = rollout(agent, robot, groups, now, noise, world)
         with run.clock("update"):
-            # ---- 2. values, advantages, returns: in units of scaled reward ----
-            if step == 0:  # from now on fixed: a critic whose inputs keep moving learns everything anew
+            # ---- 2. values, advantages, returns ----
+            # from now on fixed: a critic whose inputs keep moving learns everything anew
+            if step == 0 and args.advantage == "gae":
                 agent.statistics.update(batch["condition"].flatten(0, 1), world)
-            if args.scale_rewards:
-                discounted = sim.returns_of(batch["rewards"], batch["dones"], carry, args.gamma**args.execute_steps)
-                agent.return_statistics.update(discounted.reshape(-1, 1), world)
-            rewards = batch["rewards"] * agent.reward_scale().float()
-            with torch.no_grad():
-                values, next_values = agent.value(batch["condition"]), agent.value(batch.pop("next_condition"))
-            advantages, returns = chunk_advantages(rewards, values, next_values, batch, args)
+            weighed, found = advantages_of(agent, batch, carry, args, world)
+            batch = batch | weighed
+            del batch["next_condition"]  # not for minibatches
 
             # ---- 3. update ----
             for group, rate in zip(optimizer.param_groups, rates):
                 # eq: lr_i = lr (1 - i / I),  i = 0 ... I - 1
                 group["lr"] = rate * (1 - step / iterations) if args.anneal_lr else rate
-            batch |= {"advantages": advantages, "returns": returns}
             order, metrics = torch_stream(args.seed, "order", step), {"optimizer_steps": 0}
-            if step >= args.critic_warmup:
+            if step >= args.critic_warmup or args.advantage == "group":
                 loss_of = partial(minibatch_loss, cache=cache)
                 metrics = update(agent, loss_of, optimizer, scaler, batch, now, order, world)
-            metrics |= fit_critic(agent, optimizer, batch, args, order, world)
+            if args.advantage == "gae":
+                metrics |= fit_critic(agent, optimizer, batch, args, order, world)
 
         # ---- 4. log ----
-        state["steps"] += run.unit
-        state["train_s"] += run.seconds.total()
         state["recent"] = (state["recent"] + world.gather(episodes))[-100:]
         metrics = {f"losses/{name}": float(value) for name, value in metrics.items()}
-        metrics |= sim.summary(state["recent"], "charts") | {
-            "losses/explained_variance": sim.explained_variance(returns, values, world),
+        metrics |= found | sim.summary(state["recent"], "charts") | sim.times(run, state)
+        metrics |= {
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/noise_level": noise_level,
             "charts/distinct_observations": len(cache.index),
             "charts/reward_scale": float(agent.reward_scale()),
-            "time/rollout_s": run.seconds["rollout"],
-            "time/update_s": run.seconds["update"],
-            "time/train_s": state["train_s"],
-            "time/SPS": run.unit / run.seconds.total(),
         }
         if world.device.type == "cuda":
             metrics["time/memory_gb"] = torch.cuda.max_memory_allocated(world.device) / 1e9

@@ -74,6 +74,7 @@ BASE = {
     "beta": 0.1, "loss_type": "grpo", "scale_rewards": "group", "temperature": 0.7, "num_iterations": 1,
     "learning_rate": 3e-4, "rewards": "binary", "max_completion_length": 16,
 }  # fmt: skip
+SHORT = {"epochs": 40, "eval_every": 40}
 
 
 def fixed(n: int, steps: int) -> dict:
@@ -140,7 +141,7 @@ GRIDS: dict[str, tuple[str, list[Setting]]] = {
     "objective": (
         "Which objective, over 40 steps of 4 updates each? (with one update GSPO and SAPO are grpo, and CISPO is dapo)",
         [
-            Setting(name, {"num_iterations": 4, "epochs": 40, "importance": "token"} | flags)
+            Setting(name, {"num_iterations": 4, "importance": "token"} | SHORT | flags)
             for name, flags in {
                 "grpo": {},
                 "dapo": {"loss_type": "dapo"},
@@ -153,18 +154,20 @@ GRIDS: dict[str, tuple[str, list[Setting]]] = {
         ],
     ),
     "kl_gradient": (
-        "Which gradient of the KL? (k3: that of KL(ref || policy); reverse: that of KL(policy || ref))",
+        "Which gradient of the KL, over 40 steps? (k3: that of KL(ref || policy); reverse: that of KL(policy || ref))",
         [
-            Setting(f"{gradient} {beta:g}", {"kl_gradient": gradient, "beta": beta, "importance": "token"})
-            for beta in (0.1, 0.4)
-            for gradient in ("k3", "reverse")
+            Setting(gradient, {"kl_gradient": gradient} | SHORT) for gradient in ("k3", "reverse")
         ],
     ),
+    "kl_gradient_strong": (
+        "The same with a weight of 0.4 in place of 0.1",
+        [Setting(gradient, {"kl_gradient": gradient, "beta": 0.4} | SHORT) for gradient in ("k3", "reverse")],
+    ),
     "several_rewards": (
-        "Two rewards: their sum, or each normalised in its group before (GDPO)",
+        "Two rewards over 40 steps: their sum, or each normalised in its group before (GDPO)",
         [
-            Setting("sum", {"rewards": ("binary", "partial_credit")}),
-            Setting("GDPO", {"rewards": ("binary", "partial_credit"), "normalize_rewards": True}),
+            Setting("sum", {"rewards": ("binary", "partial_credit")} | SHORT),
+            Setting("GDPO", {"rewards": ("binary", "partial_credit"), "normalize_rewards": True} | SHORT),
         ],
     ),
     "scale_rewards": (

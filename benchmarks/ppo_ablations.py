@@ -103,6 +103,11 @@ FLAGS = {  # not mistakes, but choices of this script that matter
     "no_reward_scaling": ["--no-scale-rewards"],
     "no_advantage_norm": ["--no-norm-adv"],
     "no_annealing": ["--no-anneal-lr"],
+    "entropy_bonus": ["--ent-coef", "0.01"],
+    "wide_start": ["--log-std-init", "0"],
+    "lambda_1": ["--gae-lambda", "1"],
+    "lambda_0.8": ["--gae-lambda", "0.8"],
+    "no_critic": ["--advantage", "group", "--eval-every", "4"],  # whole episodes: twice the steps an iteration
 }
 VARIANTS = {"none": None} | {patch.__name__: patch for patch in PATCHES} | dict.fromkeys(FLAGS)
 

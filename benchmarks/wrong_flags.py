@@ -66,6 +66,14 @@ GRPO = """
 --epsilon: 1e300 | -0.1
 --max-grad-norm: -1
 --eval-samples: 0
+--kl-gradient: k2 | reverse --beta 0
+--importance: row
+--baseline: mean
+--normalize-rewards: | --rewards binary length --baseline others | --rewards binary length --scale-rewards none
+--top-entropy: -0.1 | 1.1 | nan
+--chat: | --system-prompt ''
+--system-prompt: brief
+--thinking:
 """  # --init-from with a --model-name, which the short run has, contradicts itself
 FLAGS = {
     "grpo_arithmetic": f"""{GRPO}
@@ -77,7 +85,7 @@ FLAGS = {
 --curriculum progressive: --operations + | --min-num 3
 --curriculum dynamic: --operations + | --min-num 3
 --curriculum three_stage: --min-num 3
---tasks: nonsense | words words |
+--tasks: nonsense | words words | rg: | rg:nonsense |
 --tasks word_problems --word-problems: {{here}}/nowhere.jsonl | {{stock}}/eval.jsonl | a/b
 --proportions: 1 2 3 | 1 nan | 1 -1 | 1e-300 1
 """,

@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from typing_extensions import TypedDict
 
-from common import plot, stop
+from common import plot, report, stop
 from common.checkpoint import atomic_folder, find_checkpoint, load_state, read_state, replace_file, save_state, settle
 from common.cli import Count, Name, Natural, Seed, Text, fail, flag, schema_of
 from common.files import read_json
@@ -133,8 +133,8 @@ class Run:
         """The last lines: what came out of it, and where figures and model are."""
         if self.world.main and not self.stopped:
             self.log.finish()  # closes the bar
-            figures = plot.draw([self.folder], self.name, self.folder)
-            print(f"{text}\nfigures {', '.join(map(str, figures))}; model {self.model_folder}")
+            figures, page = plot.draw([self.folder], self.name, self.folder), report.write([self.folder])
+            print(f"{text}\nreport {page}; figures {', '.join(map(str, figures))}; model {self.model_folder}")
 
     @property
     def model_folder(self) -> Path:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from types import SimpleNamespace
 
 import gymnasium as gym
 import mujoco
@@ -222,12 +223,53 @@ def test_wrong_shapes_and_ids_are_refused():
         envs.reset(seed=[1, 2, 3])
 
 
-def test_a_mujoco_that_cannot_load_the_tasks_ends_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(mujoco, "__version__", "3.12.0")
-    with pytest.raises(SystemExit) as stop:
+class Member:
+    """Of an enum of MuJoCo 3.12 and later: equal to its like, not to a number of numpy's."""
+
+    def __init__(self, value):
+        self.value = int(value)
+
+    def __int__(self):
+        return self.value
+
+    def __eq__(self, other):
+        return isinstance(other, Member) and other.value == self.value
+
+
+@pytest.mark.parametrize("version, robotics, shimmed", [("3.12.0", "1.4.2", True), ("4.0.0", "1.4.2", True),
+                                                        ("3.11.0", "1.4.2", False), ("4.0.0", "1.4.3", False)])  # fmt: skip
+def test_enums_that_no_longer_equal_numbers_are_numbers_for_the_release_that_compares_them(
+    version, robotics, shimmed, monkeypatch, capsys
+):
+    import gymnasium_robotics
+    from gymnasium_robotics.utils import mujoco_utils
+
+    env = reference("FetchPush-v4", 1).envs[0].unwrapped
+    enums = {
+        name: SimpleNamespace(**{key: Member(getattr(getattr(mujoco, name), key)) for key in keys})
+        for name, keys in fetch.PlainEnums.CAST.items()
+    }
+    later = SimpleNamespace(**vars(mujoco) | enums | {"__version__": version})
+    for module in (fetch, mujoco_utils):
+        monkeypatch.setattr(module, "mujoco", later)
+    monkeypatch.setattr(gymnasium_robotics, "__version__", robotics)
+    with pytest.raises(AssertionError):
+        mujoco_utils.set_joint_qpos(env.model, env.data, "robot0:slide0", 0.1)
+    for _ in range(2):
         fetch.import_robotics()
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and "<3.12" in err and err.count("\n") == 1
+    if not shimmed:
+        assert mujoco_utils.mujoco is later and err == ""
+        return
+    assert err.count("\n") == 1 and version in err
+    mujoco_utils.set_joint_qpos(env.model, env.data, "robot0:slide0", 0.1)
+    assert mujoco_utils.get_joint_qpos(env.model, env.data, "robot0:slide0") == 0.1
+    block = np.arange(7.0)
+    mujoco_utils.set_joint_qpos(env.model, env.data, "object0:joint", block)  # a free joint: seven numbers
+    assert np.array_equal(mujoco_utils.get_joint_qpos(env.model, env.data, "object0:joint"), block)
+    env.data.mocap_pos[:] = 9
+    mujoco_utils.reset_mocap2body_xpos(env.model, env.data)  # looks for the weld
+    assert (env.data.mocap_pos != 9).all() and mujoco_utils.mujoco.mj_step is mujoco.mj_step
 
 
 def test_a_hundred_resets_and_thousands_of_steps_leave_memory_as_it_was():

@@ -405,7 +405,8 @@ def same_weights(a: Path, b: Path) -> bool:
 def test_a_run_explains_itself_and_its_checkpoint_has_the_published_layout(run, tmp_path):
     code, folder = run(figures=True, **QUICK)
     assert code == 0
-    for name in ("config.json", "metrics.jsonl", "gr00t_finetune.py", "last", "best", "learning.png", "health.png"):
+    figures = ("learning.png", "health.png", "report.html")
+    for name in ("config.json", "metrics.jsonl", "gr00t_finetune.py", "last", "best", *figures):
         assert (folder / name).exists(), name
     assert len(list((folder / "open_loop").glob("*.png"))) == 2
     rows = metrics_of(folder)

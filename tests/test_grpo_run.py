@@ -110,6 +110,7 @@ def test_a_run_logs_every_step_and_its_table_agrees_with_its_metrics(run):
     first = rows(folder)[0]
     assert first["step"] == 0 and {"arithmetic_eval", "arithmetic_eval_low", "eval_hard_accuracy"} <= first.keys()
     assert (folder / "learning.png").stat().st_size > 5000 and (folder / "health.png").stat().st_size > 5000
+    assert (folder / "report.html").stat().st_size > 50_000
     config = json.loads((folder / "config.json").read_text())
     assert config["args"]["learning_rate"] == 1e-3 and config["versions"]["torch"] == version("torch")
     assert (folder / "grpo_arithmetic.py").read_text() == (ROOT / "grpo_arithmetic.py").read_text()

@@ -113,7 +113,7 @@ def test_a_run_logs_by_task_what_its_tables_and_its_page_say(run):
         general.add("<metric>" + name[name.rindex("_") :] if name.endswith(("_low", "_high", "_n")) else name)
     general = {name.replace("rewards/binary/", "rewards/<name>/") for name in general}
     assert general == documented_metrics("grpo_mixed.md") - {"arithmetic_eval_pass@16"}
-    assert (folder / "learning.png").exists() and (folder / "health.png").exists()
+    assert (folder / "learning.png").exists() and (folder / "health.png").exists() and (folder / "report.html").exists()
 
 
 def test_a_resumed_run_equals_an_unbroken_one_with_adaptive_shares_refills_and_a_curriculum(run):

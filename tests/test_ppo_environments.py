@@ -18,6 +18,7 @@ import ppo_fetch
 import ppo_gr00t
 from common.robot import fetch, sim
 from common.robot.spaces import Actions
+from common.robot.tensors import TensorVec
 from common.stats import wilson
 
 BOX = spaces.Box(-1, 1, (2,))
@@ -313,6 +314,88 @@ def test_what_an_environment_shows_and_takes_is_learnt(name, run):
     assert last["losses/first_ratio_error"] == 0
 
 
+class OnDevice(gym.Env):
+    """A stand-in for Isaac Lab: all environments are one object that speaks torch and resets within the step those
+    that ended, whose last observation nobody sees. Each episode of 4 steps asks for the action that it shows."""
+
+    def __init__(self, num_envs: int, tells: bool = False, box=(-np.inf, np.inf)):
+        self.num_envs, self.device, self.tells = num_envs, torch.device("cpu"), tells
+        self.single_action_space = spaces.Box(*box, (1,), np.float32)
+        self.single_observation_space = spaces.Dict(policy=spaces.Box(-np.inf, np.inf, (2,)))
+        self.t, self.seeds = torch.zeros(num_envs, dtype=torch.long), []
+
+    def draw(self):
+        return torch.rand(self.num_envs, generator=self.generator) * 2 - 1
+
+    def look(self):
+        self.buffer[:] = torch.stack([self.wanted, self.t.float()], 1)  # always the same memory
+        return {"policy": self.buffer, "critic": torch.full((self.num_envs, 7), torch.nan)}
+
+    def reset(self, *, seed=None, options=None):
+        self.seeds.append(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.buffer, self.wanted = torch.zeros(self.num_envs, 2), self.draw()
+        self.t[:] = 0
+        return self.look(), {}
+
+    def step(self, action):
+        assert action.shape == (self.num_envs, 1) and action.dtype == torch.float32 and action.device == self.device
+        rewards, self.t = -((action[:, 0] - self.wanted) ** 2), self.t + 1
+        cut = self.t == 4
+        told = {"log": {}, "success": rewards > -0.01}
+        if self.tells:  # as ManiSkill does
+            told["final_obs"] = {"policy": self.look()["policy"].clone()}
+        self.t, self.wanted = self.t * ~cut, torch.where(cut, self.draw(), self.wanted)
+        return self.look(), rewards, torch.zeros_like(cut), cut, told
+
+
+@pytest.mark.parametrize("tells", [False, True])
+def test_a_simulator_on_a_gpu_is_a_vector_environment_like_the_others(tells, capsys):
+    register(f"OnDevice{tells}", lambda num_envs: OnDevice(num_envs, tells, (-2, 6)))
+    envs = TensorVec(f"OnDevice{tells}-v0", 3)
+    first = envs.reset(seed=[7, 8, 9])[0].copy()
+    assert envs.env.unwrapped.seeds == [7] and first.shape == (3, 2) and first.dtype == np.float32
+    assert envs.single_action_space.low == -1 and envs.single_action_space.high == 1
+    for t in range(1, 5):
+        before = envs.last.copy()
+        obs, rewards, terminations, truncations, infos = envs.step(np.array([[-1], [0], [1]], np.float32))
+        np.testing.assert_allclose(rewards, -((np.array([-2, 2, 6]) - first[:, 0]) ** 2), rtol=1e-5)
+        assert not terminations.any() and truncations.all() == (t == 4)
+        if t < 4:
+            assert obs[:, 1].tolist() == [t] * 3 and "final_obs" not in infos
+    after = sim.successors(obs, infos, truncations)
+    assert obs[:, 1].tolist() == [0] * 3 and np.array_equal(after[:, 0], first[:, 0])
+    assert after[:, 1].tolist() == [4.0 if tells else 3.0] * 3 and (tells or np.array_equal(after, before))
+    assert capsys.readouterr().err.count("hides last observations") == (not tells)
+    assert not sim.success_flags(infos, truncations).any()
+
+
+def test_a_simulator_on_a_gpu_is_learnt_and_what_it_cannot_is_refused_in_one_line(run, capsys):
+    made = []
+    register("OnDevice", lambda num_envs: made.append(OnDevice(num_envs)) or made[-1])
+    flags = QUICK | dict(env_id="OnDevice-v0", env_backend="torch", gamma=0.5, eval_episodes=16, eval_every=4)
+    code, folder = run(**flags)
+    assert code == 0 and rows(folder)[-1]["losses/first_ratio_error"] == 0
+    assert rows(folder)[0]["eval/episodic_return"] < -0.5 and rows(folder)[-1]["eval/episodic_return"] > -0.1
+    assert rows(folder)[-1]["eval/episodic_length"] == 4 == rows(folder)[-1]["charts/episodic_length"]
+    (env,) = made  # a simulator may be had once: after an evaluation, training goes on in episodes of its own
+    trained = [seed for seed in env.seeds if seed != 100_000]
+    assert len(env.seeds) == 5 + 4 and len(set(trained)) == len(trained) == 4
+    capsys.readouterr()
+    wrong = register("OneOnly", lambda num_envs: OnDevice(1))
+    for changed, words in (
+        ({"env_groups": 2}, "add --env-groups 1"),
+        ({"max_episode_steps": 9}, "drop --max-episode-steps"),
+        ({"capture_video": True}, "add --no-capture-video"),
+        ({"eval_episodes": 3}, "give --eval-episodes 16"),
+        ({"env_id": wrong}, "made 1 environments, not 16"),
+        ({"env_id": "NoSuchThing-v0"}, "cannot make NoSuchThing-v0"),
+        ({"env_id": "CartPole-v1"}, "cannot make CartPole-v1: TypeError"),
+    ):
+        code, _ = run(**flags | changed)
+        assert code == 2 and words in one_line(capsys.readouterr().err)
+
+
 def test_actions_reach_the_ends_of_their_box_and_no_further():
     space = spaces.Box(np.array([0, -np.inf, -3], np.float32), np.array([0.01, np.inf, np.inf], np.float32))
     actions = Actions(space)
@@ -322,6 +405,8 @@ def test_actions_reach_the_ends_of_their_box_and_no_further():
         assert done.tolist() == np.array(expected, np.float32).tolist() and space.contains(done)
     assert actions.executed(actions.policy.zero).tolist() == [0, 0, 0]  # doing nothing is 0, not the middle of the box
     whole = Actions(spaces.Box(0, 255, (2, 3), np.uint8))
+    assert whole.executed(np.zeros((4, 6))).shape == (4, 2, 3)  # of several environments at once
+    assert Actions(spaces.Discrete(3, start=1)).executed(np.array([[0], [2]])).tolist() == [1, 3]
     assert whole.executed(np.linspace(-1, 1, 6)).tolist() == [[0, 51, 102], [153, 204, 255]]
 
 

@@ -19,7 +19,7 @@ from test_ppo_math import WORLD
 import gr00t_finetune
 import ppo_gr00t as p
 from common.cli import parse
-from common.robot import fetch
+from common.robot import fetch, fetch_robot
 from common.robot.data_configs import DATA_CONFIGS
 from common.robot.gr00t_n15 import GR00T, GR00TConfig
 from common.robot.policy import About, read_stored
@@ -195,11 +195,27 @@ def test_a_run_logs_what_the_page_documents_and_leaves_a_policy_that_loads(run, 
         assert rows(again)[0]["eval/episodic_return"] == pytest.approx(best["eval/episodic_return"], abs=1e-6)
 
 
-@pytest.mark.parametrize("flags", [dict(sampler="flow-noise"), dict(lora_rank=2, noisy_step="any"), dict(amp="bf16")],
-                         ids=["flow-noise", "lora, any", "bf16"])  # fmt: skip
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, flags, tmp_path):
+GROUPS = dict(advantage="group", group_size=2, num_steps=2)  # with episodes of 10 steps
+
+
+@pytest.mark.parametrize("flags", [dict(sampler="flow-noise"), dict(lora_rank=2, noisy_step="any"), dict(amp="bf16"),
+                                   GROUPS], ids=["flow-noise", "lora, any", "bf16", "group"])  # fmt: skip
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, flags, monkeypatch):
+    monkeypatch.setattr(p, "EPISODE", 10 if flags == GROUPS else 50)
+    if flags == GROUPS:
+        monkeypatch.delitem(RUN, "critic_warmup")
     code, whole = run(save_every=1, keep=9, **flags)
     assert code == 0
+    if flags == GROUPS:  # from the first iteration on, without a critic
+        for row in rows(whole)[1:]:
+            assert row["losses/first_ratio_error"] < 1e-5 and row["losses/optimizer_steps"] == 2
+            assert (
+                row["charts/groups_alike"] == 0 and not {"losses/critic_loss", "losses/explained_variance"} & row.keys()
+            )
+        own = [
+            load_file(folder / "trainer" / "agent.safetensors") for folder in sorted((whole / "checkpoints").iterdir())
+        ]
+        assert all(torch.equal(own[0][key], own[-1][key]) for key in own[0])
     lines, last = timeless(whole), load_file(whole / "last" / "model.safetensors")
     middle = whole / "checkpoints" / "step-000000080"
     code, resumed = run(resume=middle)
@@ -208,9 +224,13 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, flags, tmp_path)
     assert all(torch.equal(last[k], again[k]) for k in last)
 
 
-def test_two_processes_agree_with_one_also_where_a_minibatch_is_all_the_others(run, monkeypatch):
+@pytest.mark.parametrize("how", ["gae", "group"])
+def test_two_processes_agree_with_one_also_where_a_minibatch_is_all_the_others(how, run, monkeypatch):
     """Policy and critic see the same minibatches, here of one row; only the order of float sums differs."""
-    flags = dict(num_minibatches=8, env_groups=1, critic_epochs=2, target_kl=0)
+    flags = dict(num_minibatches=8, env_groups=1, target_kl=0) | (GROUPS if how == "group" else dict(critic_epochs=2))
+    if how == "group":
+        monkeypatch.setattr(p, "EPISODE", 10)
+        monkeypatch.delitem(RUN, "critic_warmup")
     code, single = run(**flags)
     main = p.main
     monkeypatch.setattr(p, "main", lambda args: sys.exit(max(two_forks(lambda: main(args)))))
@@ -281,7 +301,7 @@ def test_the_default_start_is_fine_tuned_by_the_command_that_is_printed(monkeypa
         (tmp_path / "start" / "gr00t_finetune" / "made").mkdir(parents=True)
         return Done
 
-    monkeypatch.setattr(p.subprocess, "run", fake)
+    monkeypatch.setattr(fetch_robot.subprocess, "run", fake)
     run = SimpleNamespace(folder=tmp_path, world=WORLD, say=print)
     args = p.fine_tune_start(Args(), run)
     assert args.model_path == str(tmp_path / "start" / "gr00t_finetune" / "made")
@@ -289,7 +309,7 @@ def test_the_default_start_is_fine_tuned_by_the_command_that_is_printed(monkeypa
     monkeypatch.setattr(sys, "argv", ["gr00t_finetune.py", *calls[0][2:]])
     assert parse(gr00t_finetune.Args, "").model_path == "lite"  # every flag exists
     Done.returncode, Done.stderr = 2, "error: no disk\n"
-    monkeypatch.setattr(p.subprocess, "run", lambda *a, **k: Done)
+    monkeypatch.setattr(fetch_robot.subprocess, "run", lambda *a, **k: Done)
     with pytest.raises(SystemExit):
         p.fine_tune_start(Args(), run)
     assert "no disk" in capsys.readouterr().err

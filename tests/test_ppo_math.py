@@ -128,6 +128,23 @@ def test_a_time_limit_keeps_the_next_value_and_a_termination_drops_it():
         assert advantages.item() == pytest.approx(expected)
 
 
+def test_an_episode_is_worth_its_return_against_those_that_began_where_it_did():
+    """Two episodes of 3 steps in each of 6 environments, groups of 3; in the last group of the second, nothing varies."""
+    rewards = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    rewards[3:, 3:] = torch.tensor([[0.1], [0.2], [0.3]])
+    dones = torch.zeros(6, 6, dtype=torch.bool)
+    dones[[2, 5]] = True
+    found = ppo_fetch.episode_advantages(rewards, dones, 0.5, 3)
+    for first in (0, 3):
+        for group in (slice(0, 3), slice(3, 6)):
+            r = rewards[first : first + 3, group].double()
+            returns = r[0] + 0.5 * r[1] + 0.25 * r[2]
+            expected = (returns - returns.mean()) / (returns.std() + 1e-4)
+            for step in range(first, first + 3):
+                torch.testing.assert_close(found[step, group], expected.float(), atol=1e-6, rtol=1e-6)
+    assert torch.equal(found[3:, 3:], torch.zeros(3, 3)) and sim.alike(found[dones], 3, WORLD) == 0.25
+
+
 def test_nothing_leaks_over_the_end_of_an_episode():
     """The off-by-one of storing the end one step late would let the huge value after it into the step before."""
     zeros = torch.zeros(4, 1)

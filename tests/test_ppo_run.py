@@ -28,6 +28,7 @@ FETCH = dict(  # FetchReach, 4 iterations of 8 x 10 steps
     num_envs=8, num_steps=10, total_timesteps=320, hidden=16, num_minibatches=2, update_epochs=2, eval_episodes=2,
     eval_every=2, capture_video=False, num_threads=2,
 )  # fmt: skip
+GROUPS = FETCH | dict(advantage="group", group_size=4, max_episode_steps=10, learning_rate=1e-2)  # of whole episodes
 GYM = dict(env_backend="gymnasium", eval_episodes=2, eval_every=0, capture_video=False, env_groups=1)
 
 
@@ -287,9 +288,10 @@ def test_a_run_logs_what_the_page_documents_and_resumes_to_the_same_bits(run):
     )  # long enough for whole episodes
     assert code == 0
     logged = {key for row in rows(whole) for key in row} - {"step"}
-    assert logged == documented_metrics("ppo_fetch.md")
+    assert logged | {"charts/groups_alike"} == documented_metrics("ppo_fetch.md")
     assert [row["step"] for row in rows(whole)] == [0, 120, 240, 360, 480]
     assert (whole / "learning.png").stat().st_size > 5000 and (whole / "health.png").stat().st_size > 5000
+    assert (whole / "report.html").stat().st_size > 50_000
     config = json.loads((whole / "config.json").read_text())
     assert config["versions"]["mujoco"] and config["args"]["gamma"] == 0.9
     assert (whole / "ppo_fetch.py").read_text() == (ROOT / "ppo_fetch.py").read_text()
@@ -299,6 +301,55 @@ def test_a_run_logs_what_the_page_documents_and_resumes_to_the_same_bits(run):
     assert timeless(whole) == reference
     again = load_file(whole / "last" / "model.safetensors")
     assert all(torch.equal(again[key], final[key]) for key in final)
+
+
+def test_a_group_begins_every_episode_at_one_start_and_goes_its_own_ways():
+    args = replace(reach_args(env_id="FetchPush-v4", advantage="group", group_size=3), num_envs=6, num_steps=50)
+    groups = ppo_fetch.make_groups(args, WORLD)  # two that overlap, a group of three in each
+    agent = Agent(groups[0].x.shape[1], groups[0].envs.single_action_space, args)
+    for iteration in range(2):
+        starts = [group.envs.get_state()[0] for group in groups]
+        for start in starts:
+            for name in ("physics", "pose", "goal", "elapsed"):
+                assert all(np.array_equal(row, start[name][0]) for row in start[name]), (iteration, name)
+        assert not np.array_equal(starts[0]["goal"][0], starts[1]["goal"][0])
+        assert not np.array_equal(starts[0]["physics"][0], starts[1]["physics"][0])
+        batch, episodes = rollout(agent, groups, args, torch.Generator().manual_seed(iteration), WORLD)
+        assert batch["dones"][-1].all() and batch["dones"].sum() == 6 and len(episodes) == 6
+        assert torch.equal(batch["obs"][0, 0], batch["obs"][0, 2])
+        assert not torch.equal(batch["obs"][1, 0], batch["obs"][1, 2])
+
+
+def test_without_a_critic_none_is_trained_and_the_run_resumes_to_the_same_bits(run):
+    code, whole = run(**GROUPS, save_every=1, keep=9)
+    assert code == 0
+    reference, final = timeless(whole), load_file(whole / "last" / "model.safetensors")
+    for row in reference[1:]:
+        assert row["losses/first_ratio_error"] == 0 == row["losses/value_loss"] == row["charts/groups_alike"]
+        assert row["losses/optimizer_steps"] and "losses/explained_variance" not in row
+    first = load_file(whole / "checkpoints" / "step-000000080" / "model.safetensors")
+    for key in final:
+        moved = not torch.equal(first[key], final[key])
+        assert moved == key.startswith(("actor", "log_std", "statistics.")), key
+    code, again = run(resume=str(whole / "checkpoints" / "step-000000160"))
+    assert code == 0 and again == whole and timeless(whole) == reference
+    assert all(torch.equal(value, final[key]) for key, value in load_file(whole / "last" / "model.safetensors").items())
+
+
+def test_groups_that_cannot_be_are_refused_in_one_line(run, capsys):
+    for flags, words in (
+        ({"group_size": 4}, "--advantage group alone"),
+        ({"advantage": "group", "group_size": 5}, "try --group-size 4"),
+        ({"advantage": "group", "group_size": 1}, "try --group-size 2"),
+        ({"advantage": "group", "num_steps": 60}, "try --num-steps 50"),
+        ({"advantage": "group", "gae_lambda": 0.9}, "--gae-lambda is read by --advantage gae alone"),
+        ({"advantage": "group", "norm_adv": False}, "--norm-adv"),
+        ({"advantage": "group", "stagger": False}, "--stagger"),
+        ({"advantage": "group", "env_id": "ProbeSolved-v0", "env_backend": "gymnasium"}, "--advantage gae"),
+    ):
+        code, folder = run(**flags)
+        err = capsys.readouterr().err.strip().splitlines()
+        assert code == 2 and folder is None and len(err) == 1 and words in err[0], err
 
 
 def test_same_seed_same_numbers_other_seed_other_numbers_and_video_changes_none(run):
@@ -458,11 +509,11 @@ def test_a_run_may_end_when_it_has_succeeded_three_times(run):
     assert rows(folder)[-1]["step"] == 160 and (folder / "last" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("num_minibatches", [2, 40])
-def test_two_processes_agree_with_one(num_minibatches, run, monkeypatch):
+@pytest.mark.parametrize("num_minibatches, base", [(2, FETCH), (40, FETCH), (2, GROUPS)], ids=["2", "40", "group"])
+def test_two_processes_agree_with_one(num_minibatches, base, run, monkeypatch):
     """Same environments, noise and minibatches; only the order of float sums differs. Of two rows, a process may have
     none."""
-    flags = FETCH | {"capture_video": False, "env_groups": 1, "num_minibatches": num_minibatches, "target_kl": 0}
+    flags = base | {"capture_video": False, "env_groups": 1, "num_minibatches": num_minibatches, "target_kl": 0}
     code, single = run(**flags)
     main = ppo_fetch.main
     monkeypatch.setattr(ppo_fetch, "main", lambda args: sys.exit(max(two_forks(lambda: main(args)))))

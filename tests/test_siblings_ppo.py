@@ -11,12 +11,13 @@ import ppo_fetch
 import ppo_gr00t
 
 TWINS = [
-    "potential_of", "reward_of", "RunningStatistics", "orthogonal", "mlp", "gae", "ppo_loss", "normalize_advantages",
-    "minibatch_order", "own_rows", "update", "evaluate", "measure", "resolve",
+    "potential_of", "reward_of", "orthogonal", "mlp", "gae", "ppo_loss", "normalize_advantages",
+    "minibatch_order", "update", "group_advantages", "episode_advantages", "evaluate", "measure", "resolve",
 ]  # fmt: skip
 # in both under one name, and not the same: the policy, its chunks, its checkpoint, its evaluation
 CHANGED = {
-    "Args", "Group", "make_groups", "Agent", "minibatch_loss", "rollout", "play", "record_video", "check", "train", "main",
+    "Args", "Group", "make_groups", "Agent", "advantages_of", "minibatch_loss", "rollout", "play", "record_video",
+    "check", "train", "main",
 }  # fmt: skip
 
 
@@ -30,6 +31,10 @@ def test_what_a_flow_policy_changes_in_ppo_is_listed():
     shared = first.keys() & second.keys()
     assert {name for name in shared if first[name] != second[name]} == CHANGED
     assert shared - CHANGED == set(TWINS)
+
+
+def test_a_group_is_compared_as_in_grpo():
+    assert definitions("ppo_fetch.py")["group_advantages"] == definitions("grpo_arithmetic.py")["group_advantages"]
 
 
 def test_sections_come_in_the_same_order():

@@ -1,15 +1,17 @@
 """Which cameras, joint groups and instruction of a data set the model sees, robot by robot, and in which units.
 
-The entries are those published with GR00T N1.5, plus "fetch" for assets/fetch_demos. A robot of your own: an object of
-this class in a module of yours, `--data-config my_module:MY_CONFIG`.
+The entries are those published with GR00T N1.5 and N1.7, plus "fetch" for assets/fetch_demos. A robot of your own: an
+object of these classes in a module of yours, `--data-config my_module:MY_CONFIG`, or for N1.7 a file in the form that
+NVIDIA's scripts read, `--data-config my_robot.py`.
 """
 
 import importlib
 import os
 import sys
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
+from annotated_types import Interval
 from pydantic import StringConstraints
 
 from common.cli import fail
@@ -33,6 +35,9 @@ class DataConfig:
     action: dict[str, Mode]
     language: str
     rotations: dict[str, Rotation] = field(default_factory=dict)
+    horizon: ClassVar[int] = 16  # actions of a chunk
+    video_steps: ClassVar[tuple[int, ...]] = (0,)
+    relative: ClassVar[dict] = {}
 
     def fault(self) -> str:
         """What is wrong with it, whatever the data set; empty if nothing is."""
@@ -52,16 +57,52 @@ class DataConfig:
         """In which part, and how, another config differs; the order of keys counts. Empty if in none."""
         for part in (one.name for one in fields(self)):
             a, b = getattr(self, part), getattr(other, part)
-            if a != b or list(a) != list(b):
+            if a != b or (isinstance(a, dict) and list(a) != list(b)):
                 return f"{part} {shown(a)} against {shown(b)}"
         return ""
+
+
+@dataclass(frozen=True)
+class Relative:
+    """An action that is recorded as it is and learnt relative to the state at the time of the observation."""
+
+    form: Literal["joint", "xyz_rot6d", "xyz_rotvec"]  # joint: a difference; else a pose in the frame of the state's
+    state: str  # key of that state
+
+
+@dataclass(frozen=True)
+class ChunkConfig(DataConfig):
+    """The same for GR00T N1.7, whose chunks are as long as the robot wants and may be relative to the state.
+
+    Modes are q99 or min_max, both clipped to [-1, 1], mean_std, and sin_cos for states.
+    """
+
+    horizon: Annotated[int, Interval(ge=1, le=1000)] = field(kw_only=True)
+    relative: dict[str, Relative] = field(default_factory=dict)  # key of the action -> how
+    video_steps: tuple[Annotated[int, Interval(ge=-1000, le=0)], ...] = (0,)  # rows from now whose frames are seen
+
+    def fault(self) -> str:
+        if fault := super().fault():
+            return fault
+        for kind in ("state", "action"):
+            for key, mode in getattr(self, kind).items():
+                if mode not in ("q99", "min_max", "mean_std", "sin_cos"):
+                    return f"normalises {kind} '{key}' by {mode}; N1.7 knows q99, min_max, mean_std, sin_cos for states"
+        for key, how in self.relative.items():
+            if key not in self.action or how.state not in self.state:
+                return f"has action '{key}' relative to state '{how.state}': name both among its keys (state_key)"
+        if self.rotations:
+            return f"converts the rotation {next(iter(self.rotations))}: N1.7 takes it as recorded"
+        steps = list(self.video_steps)
+        in_order = steps == sorted(set(steps)) and steps[-1:] == [0]
+        return "" if in_order else f"sees the frames of rows {steps}: name them once each, in order, the last one 0"
 
 
 def shown(part) -> str:
     """{"arm": "min_max"} -> arm (min_max)"""
     if isinstance(part, dict):
         return ", ".join(f"{key} ({mode or 'as recorded'})" for key, mode in part.items()) or "none"
-    return part if isinstance(part, str) else ", ".join(part) or "none"
+    return str(part) if isinstance(part, str | int) else ", ".join(map(str, part)) or "none"
 
 
 def modes(mode: str | None, *keys: str) -> dict[str, str | None]:
@@ -131,6 +172,39 @@ DATA_CONFIGS = {
 }
 
 
+def chunks(video, state, action, language: str, horizon: int = 16, steps=(0,), **relative) -> ChunkConfig:
+    """relative: forms of the actions that are relative to the state of the same name."""
+    relative = {key: Relative(form, key) for key, form in relative.items()}
+    state, action = modes("q99", *state), modes("q99", *action)
+    return ChunkConfig(tuple(video), state, action, language, horizon=horizon, relative=relative, video_steps=steps)
+
+
+SEEN, DROID = ("exterior_image_1_left", "wrist_image_left"), ("eef_9d", "gripper_position", "joint_position")
+POSED = dict(eef_9d="xyz_rot6d", joint_position="joint")
+POSE = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+CHUNK_CONFIGS = {  # GR00T N1.7's: of what its repository ships, and of its examples' arms
+    "oxe_droid": chunks(SEEN, DROID, DROID, "language.language_instruction", 40, (-15, 0), **POSED),
+    "libero_sim": chunks(("image", "wrist_image"), POSE, POSE, TASK),
+    "so100": chunks(("front", "wrist"), SO100, SO100, "human.task_description", single_arm="joint"),
+    "fourier_gr1_arms_only": chunks(("ego_view",), ARMS, ARMS, TASK, left_arm="joint", right_arm="joint"),
+    "fetch": chunks(("front",), FETCH, ("displacement", "gripper"), "human.task_description", 8),
+}
+
+
+def own_config(name: str, kind: type[DataConfig]) -> DataConfig:
+    """module:NAME, an object of the reader's own module."""
+    module, attribute = name.split(":", 1)
+    sys.path.insert(0, os.getcwd())
+    try:
+        config = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        fail(f"--data-config {name}: {error}")
+    if type(config) is not kind:
+        is_one = f"must be a common.robot.data_configs.{kind.__name__}"
+        fail(f"--data-config {name}: {is_one}, not a {type(config).__name__}")
+    return config
+
+
 def find_data_config(name: str, modality: dict) -> DataConfig:
     """The table's entry, everything that modality.json names ("auto"), or an object of the reader's own module."""
     if name == "auto":
@@ -139,15 +213,7 @@ def find_data_config(name: str, modality: dict) -> DataConfig:
         state, action = (modes("min_max", *modality[kind]) for kind in ("state", "action"))
         return DataConfig(tuple(modality["video"]), state, action, next(iter(modality["language"])))
     if ":" in name:
-        module, attribute = name.split(":", 1)
-        sys.path.insert(0, os.getcwd())
-        try:
-            config = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            fail(f"--data-config {name}: {error}")
-        if not isinstance(config, DataConfig):
-            fail(f"--data-config {name}: must be a common.robot.data_configs.DataConfig, not a {type(config).__name__}")
-        return config
+        return own_config(name, DataConfig)
     if name not in DATA_CONFIGS:
         fail(f"--data-config {name} is unknown; there are {', '.join(DATA_CONFIGS)}, auto and module:NAME")
     return DATA_CONFIGS[name]
@@ -175,7 +241,7 @@ def check_keys(config: DataConfig, modality: dict, where: str, name: str) -> Non
         kind, key = key.split(".", 1)
         if modality[kind][key]["rotation_type"] is None:
             fail(f"{name} converts the rotation {kind}.{key}: modality.json must give its rotation_type")
-    for kind in ("state", "action"):
+    for kind in () if isinstance(config, ChunkConfig) else ("state", "action"):
         for key, mode in getattr(config, kind).items():
             if key in modality[kind] and not modality[kind][key]["continuous"] and mode not in (None, "binary"):
                 fail(f"{kind} '{key}' of {where} is not a float: it can be normalised as binary only, not {mode}")

@@ -6,7 +6,7 @@ statistics of the mixture, and the frames, from caches that are read through mem
     data.open_frames(episodes, cache_dir, side)
     batch = data.batch(rows)
 
-Dims: N rows in all, B of a batch, V cameras, H = 16 action steps.
+Dims: N rows in all, B of a batch, V cameras, H action steps and D dims of the model, h <= H steps of the robot.
 """
 
 import functools
@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.cli import fail
 from common.parallel import World
-from common.robot.data_configs import DataConfig, check_keys
+from common.robot.data_configs import ChunkConfig, DataConfig, Relative, check_keys
 from common.robot.frames import cache_frames
 from common.robot.lerobot import COLUMNS, STATISTICS, Episodes, read_episodes
-from common.robot.policy import Interface
-from common.robot.transforms import ACTION_DIM, HORIZON, encode, pad, statistics_of, transform_images
+from common.robot.policy import make_interface
+from common.robot.processor_n17 import relative, relative_statistics
 
 NO_INSTRUCTION = "Perform the default behavior."
 PROGRESS = "task_progress"  # an action that is not recorded: how far the episode is, 0 to 1
@@ -57,17 +57,21 @@ def meaning(entry: dict) -> dict:
 def make_metadata(sets: list[Episodes], config: DataConfig, weights: np.ndarray, tag: str) -> dict:
     """The embodiment's entry of metadata.json: all keys of modality.json, statistics of sets drawn with `weights`."""
     statistics: dict = {"state": {}, "action": {}}
+    extremes = isinstance(config, ChunkConfig)
     modalities: dict = {"video": {}, "state": {}, "action": {}}
     for kind in COLUMNS:
         for key, entry in sets[0].modality[kind].items():
             if all(key in episodes.modality[kind] for episodes in sets):  # keys of the config are: see check_keys
-                merged = merge_statistics([key_statistics(episodes, kind, key) for episodes in sets], weights)
-                statistics[kind][key] = {name: merged[name].tolist() for name in STATISTICS}
+                parts = [key_statistics(episodes, kind, key) for episodes in sets]
+                statistics[kind][key] = merge_statistics(parts, weights, extremes)
                 modalities[kind][key] = meaning(entry)
     if PROGRESS in config.action:
         facts = {"absolute": True, "rotation_type": None, "continuous": True, "shape": [1]}
         modalities["action"][PROGRESS] = facts
         statistics["action"][PROGRESS] = dict(zip(STATISTICS, ([1.0], [0.0], [0.5], [0.3], [0.0], [1.0])))
+    for key, how in config.relative.items():
+        parts = [relative_to(episodes, key, how, config.horizon) for episodes in sets]
+        statistics.setdefault("relative_action", {})[key] = merge_statistics(parts, weights, extremes)
     modalities["video"] = camera_facts(sets[0])
     return {"statistics": statistics, "modalities": modalities, "embodiment_tag": tag}
 
@@ -104,15 +108,34 @@ def key_statistics(episodes: Episodes, kind: str, key: str) -> dict[str, np.ndar
     return {name: x[entry["start"] : entry["end"]] for name, x in episodes.statistics[entry["column"]].items()}
 
 
-def merge_statistics(parts: list[dict], weights: np.ndarray) -> dict:
-    """Statistics of a mixture drawn with `weights` from those of its parts."""
+def relative_to(episodes: Episodes, key: str, how: Relative, horizon: int) -> dict[str, np.ndarray]:
+    """(h, width) arrays: statistics of a relative action, step by step, over all windows that are complete."""
+    ends = zip(episodes.starts, episodes.starts[1:])
+    rows = np.concatenate([np.arange(start, max(start, end - horizon + 1)) for start, end in ends])
+    if not len(rows):
+        fail(f"no episode of {episodes.path} has {horizon} rows, a whole chunk of actions: shorten delta_indices")
+    entry, of = episodes.modality["action"][key], episodes.modality["state"][how.state]
+    action = episodes.columns[entry["column"]][:, entry["start"] : entry["end"]]
+    state = episodes.columns[of["column"]][rows, of["start"] : of["end"]]
+    if state.shape[1] != action.shape[1]:
+        fail(f"action '{key}' of {episodes.path} has {action.shape[1]} numbers, state '{how.state}' {state.shape[1]}")
+    return relative_statistics(relative(action[rows + k][:, None], state, how.form)[:, 0] for k in range(horizon))
+
+
+def merge_statistics(parts: list[dict], weights: np.ndarray, extremes: bool = False) -> dict[str, list]:
+    """Statistics of a mixture drawn with `weights` from those of its parts, as lists.
+
+    extremes: the lowest q01 and the highest q99 of the parts, as in N1.7, not their means.
+    """
     if len(parts) == 1:
-        return parts[0]
+        return {name: parts[0][name].tolist() for name in STATISTICS}
     merged = {name: sum(w * p[name] for w, p in zip(weights, parts)) for name in ("mean", "q01", "q99")}
     # eq: E[x^2] = sum_k w_k (std_k^2 + mean_k^2)
     square = sum(w * (p["std"] ** 2 + p["mean"] ** 2) for w, p in zip(weights, parts))
     merged["std"] = np.sqrt(np.maximum(square - merged["mean"] ** 2, 0))
-    return merged | {name: pick([p[name] for p in parts], axis=0) for name, pick in (("max", np.max), ("min", np.min))}
+    picks = dict(max=np.max, min=np.min) | (dict(q01=np.min, q99=np.max) if extremes else {})
+    merged |= {name: pick([p[name] for p in parts], axis=0) for name, pick in picks.items()}
+    return {name: merged[name].tolist() for name in STATISTICS}
 
 
 def raw_columns(episodes: Episodes, kind: str, config: DataConfig) -> dict[str, np.ndarray]:
@@ -151,12 +174,12 @@ class Split:
 
 
 class Demonstrations:
-    """All rows of all data sets, normalised, and the open frame caches."""
+    """All rows of all data sets and the open frame caches; samples of them in the units of `interface`."""
 
     def __init__(self, sets: list[Episodes], config: DataConfig, metadata: dict, embodiment: int, about=None):
         """metadata: statistics and description of every key of the config; embodiment: row of the embodiment layers."""
         self.sets, self.config, self.metadata = sets, config, metadata
-        self.interface = Interface(config, metadata, embodiment, about)
+        self.interface = make_interface(config, metadata, embodiment, about)
         self.videos: list[
             tuple[np.ndarray, list[Path]]
         ] = []  # of each set: place of each row in its files, one a camera
@@ -173,29 +196,16 @@ class Demonstrations:
             offset = starts[-1]
         lengths = [e.end - e.start for e in self.episodes]
         self.end = np.repeat([e.end for e in self.episodes], lengths)  # (N,) the row after its episode's last
+        self.start = np.repeat([e.start for e in self.episodes], lengths)  # (N,) its episode's first row
         self.part = np.repeat([e.part for e in self.episodes], lengths)  # (N,) its data set
-        raw = [raw_columns(episodes, "action", config) for episodes in sets]
-        self.raw_action = np.concatenate(
-            [np.concatenate(list(keys.values()), axis=-1) for keys in raw]
-        )  # (N, recorded)
-        action = np.concatenate([encode("action", keys, config, metadata) for keys in raw])  # (N, dims) float64
-        self.dims = action.shape[1]  # real dims among the 32
-        if self.dims > ACTION_DIM:
-            fail(f"the data config has {self.dims} action dims, the model takes {ACTION_DIM}")
-        self.action = pad(action, ACTION_DIM).astype(np.float32)  # (N, 32)
-        states = [self.interface.state(raw_columns(episodes, "state", config)) for episodes in sets]
-        self.state = np.concatenate(states)  # (N, 64) float32
-        one = {key: x[:1] for key, x in raw_columns(sets[0], "state", config).items()}
-        self.state_dims = encode("state", one, config, metadata).shape[1]  # the model takes the first 64
-        # what a relative action (absolute: false) is past the episode's end: the code of 0
-        zeros = {key: np.zeros(metadata["modalities"]["action"][key]["shape"]) for key in config.action}
-        with np.errstate(invalid="ignore"):
-            self.still = pad(encode("action", zeros, config, metadata), ACTION_DIM).astype(np.float32)
-        relative = []
-        for key in config.action:
-            width = len(statistics_of("action", key, config, metadata)["min"])
-            relative += width * [not metadata["modalities"]["action"][key]["absolute"]]
-        self.relative = pad(np.array(relative), ACTION_DIM)
+        self.raw: dict[str, dict[str, np.ndarray]] = {}  # "state" | "action" -> key -> (N, width) as recorded
+        for kind in COLUMNS:
+            parts = [raw_columns(episodes, kind, config) for episodes in sets]
+            self.raw[kind] = {key: np.concatenate([part[key] for part in parts]) for key in getattr(config, kind)}
+        self.raw_action = np.concatenate(list(self.raw["action"].values()), axis=-1)  # (N, recorded)
+        self.dims, self.state_dims = self.interface.dims("action"), self.interface.dims("state")  # real ones
+        if self.dims > (most := self.interface.chunk_shape[1]):
+            fail(f"the data config has {self.dims} action dims, the model takes {most}")
 
     def number_instructions(self, episodes: Episodes) -> np.ndarray:
         """(N,) the number of each row's instruction in `self.instructions`."""
@@ -213,12 +223,17 @@ class Demonstrations:
         return np.array([places[texts[number]] for number in numbers])
 
     def split(self, held_out: list[list[int]]) -> Split:
-        """held_out: positions of the episodes not to train on, of each data set."""
+        """held_out: positions of the episodes not to train on, of each data set. Rows are those of samples."""
         parts: tuple[list[Episode], list[Episode]] = [], []
+        short = self.interface.horizon - 1 if self.interface.complete else 0  # rows at an episode's end that begin none
         for episode in self.episodes:
             parts[episode.position in held_out[episode.part]].append(episode)
         none = [np.zeros(0, int)]
-        rows, val_rows = (np.concatenate([np.arange(e.start, e.end) for e in part] or none) for part in parts)
+        rows, val_rows = (
+            np.concatenate([np.arange(e.start, max(e.end - short, e.start)) for e in part] or none) for part in parts
+        )
+        if short and not len(rows):
+            fail(f"no episode has {short + 1} rows, a whole chunk of actions: shorten delta_indices")
         return Split(rows, val_rows, *parts)
 
     def open_frames(self, use: list[Episode], cache_dir: Path, side: int, world: World | None = None) -> None:
@@ -232,7 +247,8 @@ class Demonstrations:
             rows = [np.zeros(0, int), *(np.arange(e.start, e.end) for e in chosen)]
             places[np.concatenate(rows)] = np.arange(sum(map(len, rows)))
             positions = [e.position for e in chosen]
-            paths = cache_frames(episodes, self.config.video, positions, cache_dir, side)
+            how = self.interface.reduce, self.interface.reduced
+            paths = cache_frames(episodes, self.config.video, positions, cache_dir, side, *how)
             self.videos.append((places, paths))
         if world and world.main:
             world.gather([])
@@ -242,7 +258,8 @@ class Demonstrations:
         about = self.interface.about
         if not about.image_mean:
             some = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
-            means = np.mean([self.frames(row).mean((1, 2)) for row in some], axis=0)  # (V, 3)
+            now = [self.frames(row)[-len(self.config.video) :] for row in some]
+            means = np.mean([frames.mean((1, 2)) for frames in now], axis=0)  # (V, 3)
             means = dict(zip(self.config.video, means.round(3).tolist()))
             self.interface.about = about.model_copy(update=dict(image_size=self.interface.image_size, image_mean=means))
 
@@ -251,34 +268,40 @@ class Demonstrations:
         return self.__dict__ | {"sets": []}
 
     def frames(self, row: int) -> np.ndarray:
-        """(V, height, width, 3) uint8 as cached."""
+        """(V, height, width, 3) uint8 as cached; where the policy sees several times (T * V, …), the oldest first."""
         places, paths = self.videos[self.part[row]]
-        return np.stack([opened(path)[places[row]] for path in paths])
+        rows = [max(row + step, self.start[row]) for step in self.config.video_steps]
+        return np.stack([opened(path)[places[at]] for at in rows for path in paths])
+
+    def state_at(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """(B, width) of each key as recorded."""
+        return {key: x[rows] for key, x in self.raw["state"].items()}
 
     def actions(self, rows: np.ndarray) -> np.ndarray:
-        """(B, 16, 32): the actions of each row and the 15 that follow it."""
-        steps = rows[:, None] + np.arange(HORIZON)  # (B, H)
+        """(B, H, D) in model units: the actions of each row and of those that follow it, zeros beyond `horizon`."""
+        steps = rows[:, None] + np.arange(self.interface.horizon)  # (B, h)
         last = self.end[rows][:, None] - 1
-        # eq: past the episode's end a^i is its last row; a relative action is zero there
-        actions = self.action[np.minimum(steps, last)]
-        return np.where((steps > last)[..., None] & self.relative, self.still, actions)
+        # eq: past the episode's end a^i is its last row
+        raw = {key: x[np.minimum(steps, last)] for key, x in self.raw["action"].items()}
+        return self.interface.encode(raw, self.state_at(rows), steps > last)
 
     def longest_prompt(self, rows: np.ndarray) -> int:
-        return max(len(self.interface.prompts[self.instructions[text]]) for text in np.unique(self.text[rows]))
+        ones = {(self.text[row], self.part[row]): row for row in rows}  # a row of each instruction and data set
+        shapes = {pair: self.frames(row).shape if self.videos else () for pair, row in ones.items()}
+        return max(self.interface.prompt_length(self.instructions[text], shapes[text, part]) for text, part in ones)
 
     def batch(self, rows: np.ndarray, length: int = 0, rngs: list | None = None) -> dict[str, torch.Tensor]:
-        """Rows as a batch: what `Interface.batch` makes, action and action_mask (B, 16, 32).
+        """Rows as a batch: what `Interface.batch` makes, action and action_mask (B, H, D).
 
         length: that prompts are padded to, at least. rngs: generators for crop and jitter, one a row; None: the centre.
         """
-        images = None
-        if self.videos:
-            size, rngs = self.interface.image_size, rngs or [None] * len(rows)
-            images = torch.cat([transform_images(self.frames(row), size, rng) for row, rng in zip(rows, rngs)])
+        images = self.interface.pictures([self.frames(row) for row in rows], rngs) if self.videos else None
         texts = [self.instructions[text] for text in self.text[rows]]
-        batch = self.interface.batch(self.state[rows], texts, images, length)
+        batch = self.interface.batch(self.interface.state(self.state_at(rows)), texts, images, length)
         batch["action"] = torch.from_numpy(self.actions(rows))
-        batch["action_mask"] = (torch.arange(ACTION_DIM) < self.dims).expand(len(rows), HORIZON, ACTION_DIM)
+        H, D = self.interface.chunk_shape
+        mask = (torch.arange(H) < self.interface.horizon)[:, None] & (torch.arange(D) < self.dims)
+        batch["action_mask"] = mask.expand(len(rows), H, D)
         return batch
 
 

@@ -20,12 +20,12 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
-from common.cli import Text, fail, parse
+from common.cli import Name, Text, fail, parse
 from common.files import Object, read_json
 from common.robot.demonstrations import camera_facts, meaning
 from common.robot.frames import cache_frames
 from common.robot.lerobot import Episodes, find_folder, read_episodes
-from common.robot.policy import About, Interface, Tag, read_stored
+from common.robot.policy import About, Interface, read_stored
 
 LIMIT = 6.0  # standard deviations from the training's mean that are too many
 COLOUR = 40.0  # grey levels of a camera's mean that are too many
@@ -39,7 +39,7 @@ class Args:
     dataset_path: Text | None = None  # LeRobot folder or hub id to compare with the training
     observation: Text | None = None  # .npz or .json: one observation, as the policy would get it
     data_config: Text | None = None  # of an older folder that does not say it
-    embodiment_tag: Tag | None = None  # default: the checkpoint's
+    embodiment_tag: Name | None = None  # default: the checkpoint's
 
 
 class Finding(NamedTuple):

@@ -14,7 +14,9 @@ Three things make it faster than stepping gymnasium's environments, none of whic
 import contextlib
 import io
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -55,17 +57,29 @@ def task_of(env_id: str) -> str:
     return env_id.removesuffix("-v4").removesuffix("Dense") if is_fetch(env_id) else "other"
 
 
+class PlainEnums:
+    """MuJoCo 3.12 or newer as gymnasium-robotics 1.4.2 needs it: that compares enums with numpy's integers, which no
+    longer holds for equal ones. The enums that it so compares are plain integers here, the rest is MuJoCo's."""
+
+    CAST = {"mjtJoint": ("mjJNT_FREE", "mjJNT_BALL", "mjJNT_SLIDE", "mjJNT_HINGE"), "mjtEq": ("mjEQ_WELD",)}
+
+    def __getattr__(self, name: str):
+        value = getattr(mujoco, name)
+        cast = {member: int(getattr(value, member)) for member in self.CAST.get(name, ())}
+        return SimpleNamespace(**cast) if cast else value
+
+
 def import_robotics() -> None:
-    """Registers gymnasium-robotics. MuJoCo 3.12 or newer, with which no Fetch task loads, ends in one line."""
-    if tuple(int(part) for part in mujoco.__version__.split(".")[:2]) >= (3, 12):
-        fail(
-            f"MuJoCo {mujoco.__version__} cannot load the Fetch tasks of gymnasium-robotics 1.4.2 (an enum comparison "
-            "fails); install 'mujoco>=3.3.7,<3.12'"
-        )
+    """Registers gymnasium-robotics. With MuJoCo 3.12 or newer its release 1.4.2 gets `PlainEnums`, and says so."""
     with contextlib.redirect_stderr(io.StringIO()):  # a notice about environments of other robots
         import gymnasium_robotics
+        from gymnasium_robotics.utils import mujoco_utils
 
     gym.register_envs(gymnasium_robotics)
+    recent = tuple(int(part) for part in mujoco.__version__.split(".")[:2]) >= (3, 12)
+    if recent and gymnasium_robotics.__version__ == "1.4.2" and mujoco_utils.mujoco is mujoco:
+        mujoco_utils.mujoco = PlainEnums()
+        print(f"MuJoCo {mujoco.__version__}: gymnasium-robotics 1.4.2 gets its enums as integers", file=sys.stderr)
 
 
 class FetchVec(VectorEnv):
@@ -113,7 +127,7 @@ class FetchVec(VectorEnv):
         self._has_object, self._blocked = env.has_object, env.block_gripper
         site, joint = (lambda name: m.site(name).id), (lambda name: m.joint(name))
         self._grip, self._object = site("robot0:grip"), site("object0") if self._has_object else None
-        weld = [i for i in range(m.neq) if m.eq_type[i] == mujoco.mjtEq.mjEQ_WELD]
+        weld = [i for i in range(m.neq) if m.eq_type[i] == int(mujoco.mjtEq.mjEQ_WELD)]
         assert len(weld) == 1 and m.nmocap == 1, "a Fetch model has one mocap body, welded to the gripper"
         ends = int(m.eq_obj1id[weld[0]]), int(m.eq_obj2id[weld[0]])
         self._body = ends[1] if m.body_mocapid[ends[0]] != -1 else ends[0]

@@ -5,7 +5,10 @@ The demonstrations are recorded in this layout, and closed loop, PPO and serving
 Dims: N environments, D = 28 state numbers, 4 action numbers, H actions of a chunk.
 """
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import mujoco
@@ -117,6 +120,20 @@ def read_interface(args) -> tuple:
     trained_parts(model, args)  # or why not
     interface.fit(model.config, [INSTRUCTIONS[args.env_id]])
     return replace(args, model_path=str(stored.folder), **own), interface
+
+
+def fine_tuned(command: str, run) -> str:
+    """The run folder of gr00t_finetune.py with these flags: a policy that `run`, of another script, may start from."""
+    script, *words = [*command.split(), "--output-dir", str(run.folder / "start")]
+    if run.world.main:
+        run.say(f"no --model-path: fine-tuning a starting policy with {' '.join([script, *words])}")
+        path = Path(__file__).parents[2] / script
+        done = subprocess.run([sys.executable, str(path), *words], capture_output=True, text=True)
+        if done.returncode:
+            fail(f"the starting policy could not be made: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    run.world.gather([])  # the others wait
+    (folder,) = (run.folder / "start" / "gr00t_finetune").iterdir()
+    return str(folder)
 
 
 class FetchRobot:

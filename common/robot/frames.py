@@ -13,8 +13,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -87,19 +88,24 @@ def sweep(folder: Path) -> None:
             path.unlink()
 
 
-def cache_frames(episodes: Episodes, videos: Iterable[str], use: list[int], cache_dir: Path, side: int) -> list[Path]:
-    """A file of frames for each camera, of the episodes at positions `use`, shrunk to `side`; what exists is kept."""
-    paths, jobs, shapes = [], [], {}
+def cache_frames(
+    episodes: Episodes, videos: Iterable[str], use: list[int], cache_dir: Path, side: int, reduce=shrink, way: str = ""
+) -> list[Path]:
+    """A file of frames for each camera, of the episodes at positions `use`, shrunk to `side`; what exists is kept.
+
+    reduce(frame, side): how they are shrunk; way: its name, so that what was shrunk otherwise is not taken for it.
+    """
+    paths, jobs, shapes, ways = [], [], {}, [way] * bool(way)
     for video in videos if use else ():
         column = episodes.modality["video"][video]
         clips = [episodes.recorded[e].clips[column] for e in use]
         first = next(frames_of(clips[0], column), None)
         if first is None:
             fail(f"{clips[0].file} has no frames where episode {episodes.ids[use[0]]} should be")
-        shapes[video] = shrink(first, side).shape
+        shapes[video] = reduce(first, side).shape
         stats = {file: file.stat() for file in {clip.file for clip in clips}}
         facts = [(*map(str, clip), stats[clip.file].st_size, stats[clip.file].st_mtime_ns) for clip in clips]
-        digest = hashlib.sha256(json.dumps([side, column, facts]).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps([side, column, facts, *ways]).encode()).hexdigest()[:16]
         paths.append(cache_dir / f"{episodes.path.name}-{video}-{digest}.npy")
         if not paths[-1].exists():
             jobs.append((video, column, clips, paths[-1]))
@@ -116,7 +122,7 @@ def cache_frames(episodes: Episodes, videos: Iterable[str], use: list[int], cach
         print(
             f"{sum(lengths):,} frames of camera '{video}' are decoded into {target} ({need / len(jobs) / 1e9:.2g} GB)"
         )
-        write(target, (sum(lengths), *shapes[video]), column, clips, lengths, side)
+        write(target, (sum(lengths), *shapes[video]), column, clips, lengths, partial(reduce, side=side))
     return paths
 
 
@@ -136,7 +142,7 @@ def make_room(cache_dir: Path, need: int) -> int:
     return need
 
 
-def write(target: Path, shape: tuple, column: str, clips: list[Clip], lengths: list[int], side: int) -> None:
+def write(target: Path, shape: tuple, column: str, clips: list[Clip], lengths: list[int], reduce: Callable) -> None:
     """Decodes on threads, an episode each, into a temporary file that is renamed once it is whole."""
     temporary, starts = target.with_name(f".tmp-{os.getpid()}-{target.name}"), np.r_[0, np.cumsum(lengths)]
     try:
@@ -150,7 +156,7 @@ def write(target: Path, shape: tuple, column: str, clips: list[Clip], lengths: l
                 count = 0
                 for frame in frames_of(clips[n], column):
                     if count < lengths[n]:
-                        frame = shrink(frame, side)
+                        frame = reduce(frame)
                         if frame.shape != shape[1:]:
                             fail(f"{clips[n].file} is {frame.shape[:2]}, the first episode is {shape[1:3]}")
                         out[starts[n] + count] = frame

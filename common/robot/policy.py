@@ -9,9 +9,8 @@ from an observation to an action. No simulator is loaded from here: fetch_robot.
 Dims: B observations, V cameras, S prompt tokens, H = 16 actions of a chunk, A raw action numbers.
 """
 
-import difflib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,26 +18,28 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from annotated_types import Len
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
 from common.checkpoint import find_checkpoint, trainer_file
-from common.cli import Count, Natural, NonNegative, Text, fail, flag
+from common.cli import Count, Name, Natural, NonNegative, Text, fail, flag
 from common.files import Object, read_json
 from common.parallel import gathered
-from common.robot import transforms
-from common.robot.data_configs import DataConfig, find_data_config
-from common.robot.files import ROOT, find_folder
+from common.robot import processor_n17
+from common.robot.data_configs import ChunkConfig, DataConfig, find_data_config
+from common.robot.files import find_folder
 from common.robot.gr00t import ELSE, FILES, HINT
-from common.robot.gr00t_n15 import EMBODIMENTS, GR00T, GR00TConfig
+from common.robot.gr00t_n15 import EMBODIMENTS, GR00T
+from common.robot.interface import Interface, model_tokenizer  # noqa: F401
 from common.robot.lerobot import STATISTICS
 from common.robot.lora import LoRALinear, adapter_tensors, add_lora, merged
-from common.robot.transforms import ACTION_DIM, HORIZON, STATE_DIM, pad, to_device
+from common.robot.processor_n17 import InterfaceN17, Numbers, Processor
+from common.robot.transforms import ACTION_DIM, HORIZON, STATE_DIM, to_device
 from common.streams import stream
 
 OPEN = ConfigDict(extra="allow")  # another program may write more
-Tag = Literal["new_embodiment", "gr1", "oxe_droid", "agibot_genie1"]
+Version = Literal["n15", "n17"]  # of GR00T
 
 
 @dataclass
@@ -49,8 +50,9 @@ class GR00TArgs:
     model_path: Text | None = None
     """a folder in the published layout, a run folder, or a hub id such as nvidia/GR00T-N1.5-3B"""
     data_config: Text | None = None  # what the policy sees, see common/robot/data_configs.py; default: the checkpoint's
-    embodiment_tag: Literal["new_embodiment", "gr1", "oxe_droid", "agibot_genie1"] | None = None
-    """whose rows of the embodiment layers to use: a pretrained robot's, or the free ones of new_embodiment (default)"""
+    embodiment_tag: Name | None = None
+    """whose rows of the embodiment layers to use: a pretrained robot's (gr1, oxe_droid, agibot_genie1 of N1.5), or the
+    free ones of new_embodiment (default)"""
     tokenizer: Text | None = None
     """folder or hub id of the tokenizer; default: bundled for tiny and lite, lerobot/eagle2hg-processor-groot-n1p5"""
     tune_llm: bool = False  # train the language model (lite: its table of instruction tokens)
@@ -74,15 +76,18 @@ class About(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     name: str  # of the data config, for people: what is meant is in `data_config`
-    data_config: DataConfig  # keys in order, modes, cameras, rotations, language key
-    embodiment_tag: Tag = "new_embodiment"
-    horizon: Literal[16] = HORIZON
+    data_config: Annotated[ChunkConfig | DataConfig, Field(union_mode="left_to_right")]  # keys in order, their modes
+    embodiment_tag: Name = "new_embodiment"
+    horizon: Count = HORIZON
     image_size: Natural = 0  # what the model sees of a frame, in pixels; 0: nothing
     cache_side: Natural = 256  # larger frames are first reduced to this, as they were for training; 0: they are not
     prompt_form: Literal["plain", "bracketed"] = "plain"
     tokenizer: Text | None = None  # folder or hub id; None: the bundled one of a toy model, or the published one
     fps: NonNegative | None = None  # of the recordings
     image_mean: dict[str, Annotated[list[FiniteFloat], Len(3, 3)]] = {}  # camera -> mean R, G, B, 0 to 255
+    # of N1.7, which the reference's files hold: not written to policy.json
+    processor: Processor | None = Field(default=None, exclude=True)  # None: the published values
+    rows: dict[str, Natural] = Field(default={}, exclude=True)  # embodiment_id.json
 
 
 class StoredArgs(TypedDict, total=False):
@@ -91,7 +96,7 @@ class StoredArgs(TypedDict, total=False):
 
     __pydantic_config__ = ConfigDict(strict=True)
     dataset_path: list[Text] | None
-    embodiment_tag: Tag | None
+    embodiment_tag: Name | None
     val_episodes: Natural | None
     batch_size: Count | None
 
@@ -121,7 +126,8 @@ class Embodiment(TypedDict, total=False):
     """An entry of metadata.json."""
 
     __pydantic_config__ = OPEN
-    statistics: dict[str, dict[str, dict[str, list[FiniteFloat]]]]  # state or action -> key -> min, … -> a number a dim
+    # state, action or relative_action -> key -> min, … -> a number a dim; relative: a list of them a step
+    statistics: dict[str, dict[str, dict[str, Numbers]]]
     modalities: Modalities
     embodiment_tag: str
 
@@ -136,6 +142,29 @@ class Stored:
     metadata: dict[str, Embodiment] = field(default_factory=dict)  # embodiment tag -> statistics, meaning of each key
     sees: bool = True  # False: the lite model, which has no cameras
     about: About | None = None  # None: made by another program, or by an older version of these scripts
+    version: Version = "n15"
+    processor: Processor | None = None  # of N1.7: processor_config.json
+    rows: dict[str, int] = field(default_factory=dict)  # embodiment tag -> row of the embodiment layers
+
+    def __post_init__(self):
+        self.rows = self.rows or {"n15": EMBODIMENTS, "n17": processor_n17.EMBODIMENTS}[self.version]
+
+    def row(self, tag: str) -> int:
+        """The row of an embodiment's layers."""
+        if tag not in self.rows:
+            fail(f"embodiment tag '{tag}' is unknown to '{self.source}'; there are {', '.join(self.rows)}")
+        return self.rows[tag]
+
+    def find_config(self, name: str, modality: dict) -> DataConfig:
+        """What --data-config means for this version: see `find_data_config`, `find_chunk_config`."""
+        if self.version == "n15":
+            return find_data_config(name, modality)
+        return processor_n17.find_chunk_config(name, modality, self.processor or Processor())
+
+    def describe(self, name: str, config: DataConfig, tag: str, **more) -> About:
+        """The policy.json of a policy that is trained from this checkpoint."""
+        more |= dict(processor=self.processor, rows=self.rows, horizon=config.horizon)
+        return About(name=name, data_config=config, embodiment_tag=tag, **more)
 
     def embodiment(self, tag: str, config: DataConfig) -> Embodiment:
         """The metadata of this tag, complete for the keys of `config`. A policy without it would act in wrong units."""
@@ -147,37 +176,41 @@ class Stored:
             )
         entry = self.metadata[tag]
         keys = [(kind, key) for kind in ("state", "action") for key in getattr(config, kind)]
-        for kind, key in keys:
-            numbers = entry.get("statistics", {}).get(kind, {}).get(key, {})
+        for kind, key in keys + [("relative_action", key) for key in config.relative]:
+            numbers, meant = entry.get("statistics", {}).get(kind, {}).get(key, {}), kind.removeprefix("relative_")
             if not set(STATISTICS) <= set(numbers):
                 fail(f"checkpoint '{self.source}' has no statistics of {kind}.{key} for {tag}: another data config?")
-            if key not in entry.get("modalities", {}).get(kind, {}):
+            if key not in entry.get("modalities", {}).get(meant, {}):
                 fail(f"checkpoint '{self.source}' does not describe {kind}.{key} for {tag} in its metadata.json")
-            (width,) = entry["modalities"][kind][key]["shape"]
-            if wrong := [name for name in STATISTICS if len(numbers[name]) != width]:
-                found = f"{len(numbers[wrong[0]])} numbers of {wrong[0]} for the {width} of {kind}.{key}"
-                fail(f"checkpoint '{self.source}' has {found} ({tag}) in its metadata.json")
+            shape = (width,) = tuple(entry["modalities"][meant][key]["shape"])
+            shape = shape if kind == meant else (config.horizon, width)
+            file = "metadata.json" if self.version == "n15" else "statistics.json"
+            for name in STATISTICS:
+                if (there := np.array(numbers[name], dtype=object).shape) != shape:
+                    there, wanted = (" x ".join(map(str, x)) for x in (there, shape))
+                    found = f"{there} numbers of {name} for the {wanted} of {kind}.{key}"
+                    fail(f"checkpoint '{self.source}' has {found} ({tag}) in its {file}")
         return entry
 
     def acts(self, data_config=None, embodiment_tag=None, tokenizer=None, modality: dict | None = None) -> About:
-        """How this checkpoint sees and acts: as its policy.json says, or where that is missing as these flags say.
+        """How this checkpoint sees and acts: as its own files say, or where they do not as these flags say.
 
-        modality: of the data set that it meets, for `--data-config auto`. A data config that contradicts policy.json is
+        modality: of the data set that it meets, for `--data-config auto`. A data config that contradicts the files is
         refused.
         """
         about = self.about
-        tag = embodiment_tag or (about.embodiment_tag if about else "new_embodiment")
-        if not (about or data_config):
+        tag = embodiment_tag or (about.embodiment_tag if about else self.likely_tag())
+        config = self.published(tag) or (about.data_config if about else None)
+        if not (config or data_config):
             fail(
                 f"checkpoint '{self.source}' does not say what it sees and in which order (it has no "
                 "experiment_cfg/policy.json: an older run's, or another program's): give --data-config, and "
                 "--embodiment-tag and --tokenizer where they were not the defaults"
             )
-        config = about.data_config if about else None
         if data_config:
             own = dict(video={}, state={}, action={}, language={config.language: ""} if config else {})
             own |= self.metadata.get(tag, {}).get("modalities", {})  # metadata.json keeps the order of its training
-            given = find_data_config(data_config, modality or own)
+            given = self.find_config(data_config, modality or own)
             given = given if self.sees else replace(given, video=())
             if config and (difference := config.difference(given)):
                 what = f"--data-config {data_config} is not what checkpoint '{self.source}' was trained with"
@@ -186,12 +219,36 @@ class Stored:
         if fault := config.fault():
             fail(f"checkpoint '{self.source}': its data config {fault}")
         if about is None:
-            return About(name=data_config, data_config=config, embodiment_tag=tag, tokenizer=tokenizer)
-        return about.model_copy(update={"embodiment_tag": tag, "tokenizer": tokenizer or about.tokenizer})
+            side = {"cache_side": self.processor.shortest_image_edge or 0} if self.processor else {}
+            return self.describe(data_config or tag, config, tag, tokenizer=tokenizer, **side)
+        if about.horizon != config.horizon:
+            chunks = f"chunks of {about.horizon}, not {config.horizon} actions"
+            fail(f"checkpoint '{self.source}': its policy.json has {chunks}")
+        own = dict(data_config=config, embodiment_tag=tag, tokenizer=tokenizer or about.tokenizer)
+        return about.model_copy(update=own | dict(processor=self.processor, rows=self.rows))
 
-    def interface(self, about: About) -> "Interface":
+    def likely_tag(self) -> str:
+        """The embodiment of a checkpoint that does not name it: its only one, or new_embodiment."""
+        only = list(self.metadata) if self.version == "n17" else []
+        return only[0] if len(only) == 1 else "new_embodiment"
+
+    def published(self, tag: str) -> DataConfig | None:
+        """What processor_config.json says that an embodiment sees and does."""
+        keys = self.processor.modality_configs.get(tag) if self.processor else None
+        if keys is None:
+            return None
+        config = processor_n17.config_of(keys, self.processor, f"checkpoint '{self.source}'")
+        return config if self.sees else replace(config, video=())
+
+    def interface(self, about: About) -> Interface:
         config, tag = about.data_config, about.embodiment_tag
-        return Interface(config, self.embodiment(tag, config), EMBODIMENTS[tag], about)
+        return make_interface(config, self.embodiment(tag, config), self.row(tag), about)
+
+
+def make_interface(config: DataConfig, metadata: dict, embodiment: int, about: About | None = None) -> Interface:
+    """The interface of the version that a data config is of."""
+    kind = InterfaceN17 if isinstance(config, ChunkConfig) else Interface
+    return kind(config, metadata, embodiment, about)
 
 
 def model_folder(path: str) -> Path:
@@ -202,29 +259,23 @@ def model_folder(path: str) -> Path:
 
 
 def read_stored(path: str) -> Stored:
-    """Reads config.json, and where they are trainer.json, experiment_cfg/metadata.json, policy.json: data, no code."""
+    """Reads config.json, and where they are trainer.json, experiment_cfg/metadata.json, policy.json, and N1.7's
+    processor_config.json, statistics.json, embodiment_id.json: data, no code."""
     folder = model_folder(path)
     config = read_json(folder / "config.json", Object, HINT)
     backbone, extra = config.get("backbone_cfg"), folder / "experiment_cfg"
     trainer = read_json(folder / "trainer.json", Trainer, HINT, optional=True) or {}
-    return Stored(
-        source=path,
-        folder=folder,
-        args=trainer.get("args", {}),
-        metadata=read_json(extra / "metadata.json", dict[str, Embodiment], HINT, optional=True) or {},
-        sees=not (isinstance(backbone, dict) and backbone.get("instruction_vocab")),
-        about=read_json(extra / "policy.json", About, "give --data-config once the file is gone", optional=True),
-    )
-
-
-def model_tokenizer(c: GR00TConfig, source: str | None = None):
-    """The tokenizer of a model: the one of --tokenizer, the bundled one of tiny and lite, or the published one."""
-    toy = c.instruction_vocab or c.image_token_index == GR00TConfig.tiny().image_token_index
-    default = str(ROOT / "assets" / "tiny-qwen2") if toy else "lerobot/eagle2hg-processor-groot-n1p5"
-    if c.instruction_vocab:
-        return transforms.load_tokenizer(source or default, None)
-    framed = toy and c.eagle["text_config"]["vocab_size"] > 272  # tiny models of before have no rows for it
-    return transforms.load_tokenizer(source or default, c.image_token_index, framed)
+    metadata = read_json(extra / "metadata.json", dict[str, Embodiment], HINT, optional=True) or {}
+    about = read_json(extra / "policy.json", About, "give --data-config once the file is gone", optional=True)
+    said = dict(source=path, folder=folder, args=trainer.get("args", {}), about=about)
+    if config.get("model_type") != "Gr00tN1d7":
+        sees = not (isinstance(backbone, dict) and backbone.get("instruction_vocab"))
+        return Stored(**said, metadata=metadata, sees=sees)
+    units = processor_n17.read_units(folder)
+    for tag, entry in units.items():  # cameras, and what a key is, if it was one of these scripts
+        entry["modalities"] |= metadata.get(tag, {}).get("modalities", {})
+    found = dict(processor=processor_n17.read_processor(folder), rows=processor_n17.read_rows(folder))
+    return Stored(**said, **found, metadata=units, sees=not config.get("instruction_vocab"), version="n17")
 
 
 def trained_parts(model: GR00T, args: GR00TArgs) -> dict[str, LoRALinear]:
@@ -255,165 +306,14 @@ def save_policy(
             return
         model.save_pretrained(folder, weights)
     (folder / "experiment_cfg").mkdir()
+    if about and isinstance(about.data_config, ChunkConfig):
+        processor_n17.write_processor(folder, about, metadata)
+        metadata = {tag: {"modalities": entry["modalities"]} for tag, entry in metadata.items()}
     (folder / "experiment_cfg" / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")
     if about:
         (folder / "experiment_cfg" / "policy.json").write_text(about.model_dump_json(indent=1) + "\n")
     if adapters:
         save_file(adapter_tensors(adapters), trainer_file(folder, "lora.safetensors"))
-
-
-# ---- units -----------------------------------------------------------------------------------------------------------
-
-
-def array_of(key: str, observation: dict, rank: int, width: int = 3) -> tuple[np.ndarray, bool]:
-    """An entry of an observation as (B, …, width) with `rank` axes behind B, and whether it came with a batch axis."""
-    one = "(height, width, 3)" if rank == 3 else f"({width},)"
-    try:
-        x = np.asarray(observation[key])
-    except (ValueError, TypeError, RuntimeError):  # ragged, or no array at all
-        raise ValueError(f"{key} is not an array of shape {one}") from None
-    if not rank <= x.ndim <= rank + 2 or x.shape[-1] != width:
-        raise ValueError(f"{key} has shape {x.shape}, not {one}, (1, …) with a time axis or (B, 1, …) for a batch")
-    if x.ndim > rank and x.shape[-rank - 1] != 1:
-        raise ValueError(f"{key} has {x.shape[-rank - 1]} times {x.shape}: the policy sees 1, a batch is (B, 1, …)")
-    if 0 in x.shape:
-        raise ValueError(f"{key} is empty: {x.shape}")
-    batched, x = x.ndim == rank + 2, x.reshape(-1, *x.shape[-rank:])
-    if rank == 3:
-        if x.dtype != np.uint8:
-            raise ValueError(f"{key} is {x.dtype}: frames are uint8, RGB, 0 to 255")
-        if not 2 <= min(x.shape[1:3]) <= max(x.shape[1:3]) <= 8192:
-            raise ValueError(f"{key} is {x.shape[1]} x {x.shape[2]} pixels; 2 to 8,192 are possible")
-        return x, batched
-    if x.dtype.kind not in "fiu":
-        raise ValueError(f"{key} holds {x.dtype}, not numbers")
-    x = x.astype(np.float64)
-    if not (np.abs(x) < 1e9).all():  # nan neither
-        raise ValueError(f"{key} holds a number that is not finite or beyond 1e9")
-    return x, batched
-
-
-class Interface:
-    """Between a robot and a model, in the units of a checkpoint: raw observations in, chunks of raw actions out."""
-
-    def __init__(self, config: DataConfig, metadata: dict, embodiment: int, about: About | None = None):
-        """metadata: the embodiment's entry of metadata.json; embodiment: its row in the embodiment layers."""
-        self.config, self.metadata, self.embodiment, self.about = config, metadata, embodiment, about
-        self.prompts: dict[str, np.ndarray] = {}  # instruction -> token ids
-        self.pad_id, self.image_size, self.tokenizer = 0, 0, None
-
-    def prepare(self, c: GR00TConfig, tokenizer, instructions: Iterable[str] = (), form: str = "plain") -> None:
-        """Takes picture size and tokenizer of the model; the token ids of these instructions are made at once."""
-        self.image_size, self.pad_id, self.tokenizer = c.image_size, tokenizer.pad_token_id, tokenizer
-        self.prompts, self.image_tokens, self.form = {}, c.tokens_per_image, form
-        self.vocabulary = c.instruction_vocab or c.eagle["text_config"]["vocab_size"]
-        for text in instructions:
-            if max(self.tokens(text), default=0) >= self.vocabulary:
-                fail(f"the tokenizer makes ids beyond the {self.vocabulary} of the model: --tokenizer is another one's")
-
-    def fit(self, c: GR00TConfig, instructions: Iterable[str] = ()) -> None:
-        """Prepares it for a model as policy.json says; what is wrong with its tokenizer ends the program."""
-        self.prepare(c, model_tokenizer(c, self.about.tokenizer), instructions, self.about.prompt_form)
-
-    def read(self, observation: dict[str, Any]) -> tuple[list[np.ndarray], dict[str, np.ndarray], list[str], bool]:
-        """Checks an observation as `Policy.get_action` takes it -> frames (B, height, width, 3) of each camera, state:
-        key -> (B, width) float64, B instructions, whether there was a batch axis. ValueError: in one line."""
-        config, metadata = self.config, self.metadata
-        language = f"annotation.{config.language}"
-        wanted = [*(f"video.{key}" for key in config.video), *(f"state.{key}" for key in config.state), language]
-        if not isinstance(observation, dict):
-            raise ValueError(f"an observation is a dict of {', '.join(wanted)}, not a {type(observation).__name__}")
-        faults = [f"lacks {key}" for key in wanted if key not in observation]
-        for key in [str(key)[:80] for key in observation if key not in wanted]:
-            near = difflib.get_close_matches(key, wanted, 1)
-            faults.append(f"has {key!r}, which the policy does not read" + (f" (it reads {near[0]})" if near else ""))
-        if faults:
-            raise ValueError(f"the observation {'; '.join(faults[:8])}; it reads {', '.join(wanted)}")
-        arrays = {f"video.{key}": array_of(f"video.{key}", observation, 3) for key in config.video}
-        for key in config.state:
-            (width,) = metadata["modalities"]["state"][key]["shape"]
-            arrays[f"state.{key}"] = array_of(f"state.{key}", observation, 1, width)
-        facts = {key: (len(x), batched) for key, (x, batched) in arrays.items()}
-        if len(set(facts.values())) > 1:
-            raise ValueError(f"a batch axis is on all or on none, as long on all: (length, has one) is {facts}")
-        ((count, batched),), texts = set(facts.values()), observation[language]
-        texts = [texts] * count if isinstance(texts, str) else np.asarray(texts, dtype=object).reshape(-1).tolist()
-        if len(texts) != count or not all(isinstance(text, str) and text.isprintable() for text in texts):
-            raise ValueError(f"{language} must be {count} string(s), one an observation")
-        if max(map(len, texts)) > 1000:
-            raise ValueError(f"{language} has {max(map(len, texts))} characters; 1,000 are the most")
-        frames = [arrays[f"video.{key}"][0] for key in config.video]
-        return frames, {key: arrays[f"state.{key}"][0] for key in config.state}, texts, batched
-
-    def tokens(self, instruction: str) -> np.ndarray:
-        """The prompt's token ids."""
-        if instruction not in self.prompts:
-            if len(self.prompts) > 10_000:  # a client that never says the same twice
-                self.prompts.clear()
-            views = len(self.config.video)
-            # a model without cameras (lite) reads the bare instruction
-            words = transforms.prompt(instruction, views, self.image_tokens, self.form) if views else instruction
-            self.prompts[instruction] = np.array(self.tokenizer(words, add_special_tokens=False).input_ids, np.int64)
-        return self.prompts[instruction]
-
-    def see(self, observation: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """What the model sees of an observation, see `batch`."""
-        return self.seen(*self.read(observation)[:3])
-
-    def seen(self, frames: list[np.ndarray], state: dict[str, np.ndarray], texts: list[str]) -> dict[str, torch.Tensor]:
-        """The same of what `read` has found in it."""
-        images = [self.images(pictures[:, None]) for pictures in frames]  # of each camera
-        return self.batch(self.state(state), texts, torch.stack(images, dim=1).flatten(0, 1) if images else None)
-
-    def state(self, raw: dict[str, np.ndarray]) -> np.ndarray:
-        """Raw state (N, width) of each key -> (N, 64) float32; what is beyond 64 is cut, as in the reference."""
-        state = transforms.encode("state", raw, self.config, self.metadata)[:, :STATE_DIM]
-        return pad(state, STATE_DIM).astype(np.float32)
-
-    def images(self, frames: np.ndarray) -> torch.Tensor:
-        """Pictures (N, V, height, width, 3) uint8 -> (N * V, 3, size, size) uint8: reduced as the frame cache of the
-        training reduces them, the centre, resized."""
-        side = self.about.cache_side if self.about else 0
-        small = [transforms.shrink(frame, side) for frame in frames.reshape(-1, *frames.shape[2:])]
-        return transforms.transform_images(np.stack(small), self.image_size)
-
-    def batch(
-        self, state: np.ndarray, instructions: Sequence[str], images: torch.Tensor | None = None, length: int = 0
-    ) -> dict[str, torch.Tensor]:
-        """What the policy sees: state (N, 64), N instructions, images (N * V, 3, size, size) as `images` gives them.
-
-        Prompts are padded on the left to the longest, or to `length`.
-        """
-        prompts = [self.tokens(text) for text in instructions]
-        length = max(length, max(map(len, prompts)))
-        ids = np.full((len(prompts), length), self.pad_id)  # (N, S)
-        for row, tokens in zip(ids, prompts):
-            row[length - len(tokens) :] = tokens
-        mask = np.arange(length) >= length - np.array([len(tokens) for tokens in prompts])[:, None]
-        batch = {
-            "eagle_input_ids": torch.from_numpy(ids),
-            "eagle_attention_mask": torch.from_numpy(mask.astype(np.int64)),
-            "state": torch.from_numpy(np.ascontiguousarray(state))[:, None].float(),
-            "embodiment_id": torch.tensor([self.embodiment]),
-        }
-        return batch if images is None else batch | {"images": images}
-
-    def actions(self, chunk: np.ndarray) -> np.ndarray:
-        """The model's chunk (N, H, 32) -> raw actions (N, H, A) float64, the keys side by side, not clipped."""
-        return np.concatenate(list(self.decode(chunk).values()), axis=-1)
-
-    def decode(self, chunk: np.ndarray) -> dict[str, np.ndarray]:
-        """The same, each key apart: (N, H, width)."""
-        return transforms.decode_actions(chunk.astype(np.float64), self.config, self.metadata)
-
-    def action_names(self, raw: bool = False) -> list[str]:
-        """One name per action number of the model or, where a rotation is converted, as recorded."""
-        names = []
-        for key in self.config.action:
-            width = len(transforms.statistics_of("action", key, self.config, self.metadata)["min"])
-            width = self.metadata["modalities"]["action"][key]["shape"][0] if raw else width
-            names += [key] if width == 1 else [f"{key}.{i}" for i in range(width)]
-        return names
 
 
 # ---- the policy ------------------------------------------------------------------------------------------------------
@@ -454,9 +354,9 @@ class Policy:
         """
         if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
             fail(f"device '{device}' is not there: auto, cpu{', cuda' if torch.cuda.is_available() else ''}")
-        if embodiment_tag not in (None, *EMBODIMENTS):
-            fail(f"embodiment tag '{embodiment_tag}' is unknown; there are {', '.join(EMBODIMENTS)}")
         stored = read_stored(str(folder))
+        if embodiment_tag:
+            stored.row(embodiment_tag)  # or why not
         interface = stored.interface(stored.acts(data_config, embodiment_tag, tokenizer))
         # what is wrong with the files is found before they are loaded
         interface.fit(GR00T.plan(stored.folder)[0].config)
@@ -479,12 +379,13 @@ class Policy:
         chunk = self.chunk(self.interface.seen(*found), self.noise(len(found[2]), seed)).numpy()
         if not np.isfinite(chunk).all():
             raise ValueError("the policy's actions are not finite: its weights are damaged")
-        actions = {f"action.{key}": x for key, x in self.interface.decode(chunk).items()}
+        actions = {f"action.{key}": x for key, x in self.interface.decode(chunk, found[1]).items()}
         return actions if batched else {key: x[0] for key, x in actions.items()}
 
     def modality_config(self) -> dict[str, dict[str, list]]:
         """What is read and written: video, state, action, language -> delta_indices (rows from now), modality_keys."""
-        config, rows = self.interface.config, {"action": list(range(HORIZON))}
+        config = self.interface.config
+        rows = {"action": list(range(config.horizon)), "video": list(config.video_steps)}
         keys = {kind: [f"{kind}.{key}" for key in getattr(config, kind)] for kind in ("video", "state", "action")}
         keys["language"] = [f"annotation.{config.language}"]
         return {kind: {"delta_indices": rows.get(kind, [0]), "modality_keys": keys[kind]} for kind in keys}
@@ -492,11 +393,12 @@ class Policy:
     def noise(self, count: int, seed: int | None = None) -> torch.Tensor:
         """x_0 (count, H, 32); with a seed that of observation i depends on the seed and i alone."""
         if seed is None:
-            return torch.randn(count, HORIZON, ACTION_DIM)
+            return torch.randn(count, *self.interface.chunk_shape)
         if not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed {str(seed)[:40]!r}: a number from 0 on")
         rngs = [stream(seed, "action", i) for i in range(count)]
-        return torch.from_numpy(np.stack([r.standard_normal((HORIZON, ACTION_DIM), dtype=np.float32) for r in rngs]))
+        shape = self.interface.chunk_shape
+        return torch.from_numpy(np.stack([r.standard_normal(shape, dtype=np.float32) for r in rngs]))
 
     @torch.no_grad()
     def chunk(self, batch: dict[str, torch.Tensor], noise: torch.Tensor, num_steps: int | None = None) -> torch.Tensor:

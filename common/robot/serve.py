@@ -21,8 +21,8 @@ import annotated_types
 import numpy as np
 import tyro
 
-from common.cli import Count, Text, fail, parse
-from common.robot.policy import Policy, Tag
+from common.cli import Count, Name, Text, fail, parse
+from common.robot.policy import Policy
 
 try:
     import msgpack
@@ -41,7 +41,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     denoising_steps: Count = 4  # Euler steps of a prediction, 1 to 16
     data_config: Text | None = None  # of an older folder that does not say what it sees
-    embodiment_tag: Tag | None = None  # whose statistics and layers; default: the checkpoint's
+    embodiment_tag: Name | None = None  # whose statistics and layers; default: the checkpoint's
     tokenizer: Text | None = None  # folder or hub id; default: the checkpoint's
 
     # network

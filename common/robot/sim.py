@@ -24,11 +24,12 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 
 from common import stop
-from common.checkpoint import replace_file, trainer_file
-from common.cli import Count, Natural, Share, Threads, fail
+from common.checkpoint import read_state, replace_file, trainer_file
+from common.cli import Count, Natural, Share, Threads, fail, flag
 from common.log import lines_until
 from common.parallel import World, cores
 from common.robot import fetch, spaces
+from common.robot.tensors import tensor_envs
 from common.robot.video import Stopped
 from common.run import Run, RunArgs
 from common.stats import wilson
@@ -85,6 +86,42 @@ def check_numbers(args, batch_steps: int, world: World) -> None:
         fail(f"--total-timesteps {args.total_timesteps} is less than one batch of {batch_steps} steps")
 
 
+def check_policy(folder: Path, script: str, args, defaults, names: tuple[str, ...]) -> None:
+    """A checkpoint that another run may start from is of the same task, observation and network: settings `names`."""
+    saved = read_state(folder, script)
+    for name in names:
+        old, new = saved.get(name, getattr(defaults, name)), getattr(args, name)
+        same = old == new or new is None or name == "env_id" and fetch.task_of(old) == fetch.task_of(new) != "other"
+        if not same:
+            add = {True: flag(name), False: flag(f"no_{name}")}.get(old, f"{flag(name)} {old}")
+            fail(f"checkpoint '{folder}' was trained with {name} {old}, not {new}; add {add}")
+
+
+def check_groups(args, defaults, steps: int, world: World) -> None:
+    """--advantage group compares whole episodes, of `steps` of the script's steps, within a process; what only a critic
+    has, and groups alone, is refused for the other. defaults: the script's Args."""
+    if args.advantage == "gae":
+        if args.group_size > 1:
+            fail(f"--group-size {args.group_size} is read by --advantage group alone: drop it, or add that")
+        return
+    if not fetch.is_fetch(args.env_id):
+        fail(f"--advantage group starts several episodes at one state, as Fetch can; {args.env_id} has --advantage gae")
+    own, G = args.num_envs // world.size, args.group_size
+    if G < 2 or own % G:
+        nearest = min((g for g in range(2, own + 1) if own % g == 0), key=lambda g: abs(g - G), default=None)
+        hint = f"try --group-size {nearest}" if nearest else f"give --num-envs {G * world.size}"
+        fail(f"--group-size {G}: {own} environments of a process do not divide into groups of so many; {hint}")
+    if args.num_steps % steps:
+        nearest = max(round(args.num_steps / steps), 1) * steps
+        fail(
+            f"--advantage group learns from whole episodes of {steps}, not {args.num_steps}; try --num-steps {nearest}"
+        )
+    names = "gae_lambda norm_adv vf_coef scale_rewards stagger critic_learning_rate critic_warmup critic_epochs"
+    for name in names.split():
+        if getattr(args, name, None) != getattr(defaults, name, None):
+            fail(f"{flag(name)} is read by --advantage gae alone: drop it")
+
+
 def physics_threads(count: int | None) -> ThreadPoolExecutor:
     """`count` threads, by default this process's share of the cores."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
@@ -98,6 +135,8 @@ def make_envs(
 
     Others than Fetch show vectors and act in [-1, 1] or choices, see `spaces.Plain`; in an evaluation they end.
     """
+    if backend == "torch":
+        return tensor_envs(args.env_id, num_envs)
     kwargs |= spaces.limit(args.max_episode_steps)
     if backend == "native":
         return fetch.FetchVec(args.env_id, num_envs, args.num_threads, pool=pool, **kwargs)
@@ -268,6 +307,24 @@ def outcome(run: Run, state: dict, start: str) -> str:
     return text + f"{state['steps']:,} steps in {state['train_s']:.1f} s of training, {run.log.elapsed:.0f} s in all"
 
 
+def times(run: Run, state: dict) -> dict[str, float]:
+    """What a step took, and training so far."""
+    state["steps"] += run.unit
+    state["train_s"] += run.seconds.total()
+    return {
+        "time/rollout_s": run.seconds["rollout"],
+        "time/update_s": run.seconds["update"],
+        "time/train_s": state["train_s"],
+        "time/SPS": run.unit / run.seconds.total(),
+    }
+
+
+def own_rows(rows: torch.Tensor, n: int, world: World) -> torch.Tensor:
+    """Which rows of this process's (T * n) batch are among `rows` of the (T * N) batch of all processes."""
+    env = rows % (n * world.size) - n * world.rank
+    return (rows // (n * world.size) * n + env)[(env >= 0) & (env < n)]
+
+
 def returns_of(rewards: torch.Tensor, dones: torch.Tensor, carry: torch.Tensor, gamma: float) -> torch.Tensor:
     """Discounted sum of the rewards so far in each episode, (T, n); `carry` (n,) goes on from batch to batch."""
     rows = []
@@ -276,6 +333,52 @@ def returns_of(rewards: torch.Tensor, dones: torch.Tensor, carry: torch.Tensor, 
         rows.append(carry.clone())
         carry.masked_fill_(done, 0.0)
     return torch.stack(rows)
+
+
+class RunningStatistics(torch.nn.Module):
+    """Mean and variance of everything seen so far, in float64, part of the checkpoint."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        for name, value in {"mean": torch.zeros(size), "var": torch.ones(size), "count": torch.zeros(())}.items():
+            self.register_buffer(name, value.double())
+
+    def update(self, x: torch.Tensor, world: World | None = None) -> None:
+        """Adds the rows of x (B, size), from all processes."""
+        x = x.double()
+        n, total = torch.full((), len(x), dtype=torch.float64, device=x.device), x.sum(0)
+        if world:
+            world.total(n, total)
+        mean = total / n
+        squares = ((x - mean) ** 2).sum(0)
+        if world:
+            world.total(squares)
+        if not squares.isfinite().all():
+            fail("a running statistic met a number that is not finite, or too large to be squared")
+        # eq: M2 = M2_a + M2_b + (m_b - m_a)^2 n_a n_b / (n_a + n_b)   [Chan et al. 1979]
+        count, delta = self.count + n, mean - self.mean
+        m2 = self.var * self.count + squares + delta**2 * self.count * n / count
+        self.mean += delta * n / count
+        self.var.copy_(m2 / count)
+        self.count.copy_(count)
+
+    def scale(self) -> torch.Tensor:
+        """() float64: 1 / the standard deviation of the one number that these are of; 1 where it is unknown."""
+        if self.count == 0:
+            return torch.ones((), dtype=torch.float64)
+        # numbers that hardly vary, or not at all, are no measure
+        std = torch.maximum(self.var.sqrt(), 0.01 * self.mean.abs())[0]
+        return 1.0 / (std + 1e-8) if std > 0 else torch.ones_like(std)
+
+
+def alike(advantages: torch.Tensor, group_size: int, world: World) -> float:
+    """Which share of the groups, over all processes, has episodes of one return: nothing is learnt from these.
+
+    advantages: of each episode, those of a group in consecutive rows.
+    """
+    same = (advantages.view(-1, group_size) == 0).all(1).double()
+    held, count = world.total(torch.stack([same.sum(), torch.ones_like(same).sum()]))
+    return float(held / count)
 
 
 def explained_variance(returns: torch.Tensor, values: torch.Tensor, world: World) -> float:

@@ -90,9 +90,10 @@ class Actions:
         return at.astype(np.float32)
 
     def executed(self, action: np.ndarray):
-        """(A,) of the policy -> what the environment takes, inside its space, of its shape and dtype."""
+        """(..., A) of the policy -> what environments take, inside their space, of its shape and dtype."""
+        shape = (*np.shape(action)[:-1], *self.shape)
         if not isinstance(self.space, spaces.Box):
-            values = (np.ravel(action) + self.start).astype(self.dtype).reshape(self.shape)
+            values = (np.asarray(action) + self.start).astype(self.dtype).reshape(shape)
             return values[()] if isinstance(self.space, spaces.Discrete) else values
         a = np.asarray(action, np.float64)
         low, span = np.where(self.bounded, self.low, 0.0), np.where(self.bounded, self.high - self.low, 0.0)
@@ -100,7 +101,7 @@ class Actions:
         values = np.where(self.bounded, low + (a.clip(-1, 1) + 1) / 2 * span, a).clip(self.low, self.high)
         if self.dtype.kind in "iu":
             values = np.rint(values)
-        return np.asarray(values.astype(self.dtype).reshape(self.shape).clip(self.space.low, self.space.high))
+        return np.asarray(values.astype(self.dtype).reshape(shape).clip(self.space.low, self.space.high))
 
 
 def unable(space: gym.Space) -> str:
@@ -188,11 +189,18 @@ def check(args, log_std_init: float) -> None:
             f"--env-id {args.env_id}: the native backend knows {', '.join(f'{task}-v4' for task in fetch.TASKS)}; "
             "for another Gymnasium id add --env-backend gymnasium"
         )
+    if args.env_backend == "torch":
+        for name, right in {"max_episode_steps": None, "env_groups": 1, "capture_video": False}.items():
+            if getattr(args, name) != right:
+                way = {1: "add --env-groups 1", False: "add --no-capture-video"}.get(right, f"drop {flag(name)}")
+                fail(f"--env-backend torch steps one simulator, which sets limits and draws itself: {way}")
     if args.reward_mode != "env":
         fail(f"--reward-mode {args.reward_mode} is for the Fetch tasks; {args.env_id} has --reward-mode env")
     for name in ("observation_mode", "num_threads"):
         if getattr(args, name) is not None:
             fail(f"{flag(name)} {getattr(args, name)} is for the Fetch tasks and changes nothing here: drop it")
+    if args.env_backend == "torch":  # a simulator is started once
+        return
     actions = examine(args.env_id, args.max_episode_steps)
     if args.log_std_init != log_std_init and not isinstance(actions.policy, spaces.Box):
         fail(f"--log-std-init {args.log_std_init} is for actions in a box; {args.env_id} has choices: drop it")

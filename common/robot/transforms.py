@@ -9,6 +9,8 @@ published specification. tests/test_gr00t_data.py compares it with what the refe
 Dims: V cameras, D dims of state or action.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -174,7 +176,7 @@ def from_matrix(m: np.ndarray, kind: str) -> np.ndarray:
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 
-CROP, BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.95, 0.3, 0.4, 0.5, 0.08
+CROP, JITTER = 0.95, (0.3, 0.4, 0.5, 0.08)  # brightness, contrast, saturation, hue
 
 
 def gray(x: torch.Tensor) -> torch.Tensor:
@@ -195,9 +197,9 @@ def shift_hue(x: torch.Tensor, turn: float) -> torch.Tensor:
     return torch.stack([high - chroma * torch.minimum(k, 4 - k).clamp_(0, 1) for k in turns], dim=1)
 
 
-def jitter(x: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+def jitter(x: torch.Tensor, rng: np.random.Generator, strengths: Sequence[float] = JITTER) -> torch.Tensor:
     """Brightness, contrast, saturation and hue of (V, 3, H, W) in [0, 1], in random order, one draw for all views."""
-    factors = [rng.uniform(1 - s, 1 + s) for s in (BRIGHTNESS, CONTRAST, SATURATION)] + [rng.uniform(-HUE, HUE)]
+    factors = [rng.uniform(1 - s, 1 + s) for s in strengths[:3]] + [rng.uniform(-strengths[3], strengths[3])]
     for n in rng.permutation(4):
         f = factors[n]
         if n == 0:
@@ -249,12 +251,16 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     if "images" in batch:
         batch["eagle_pixel_values"] = pixel_values(batch.pop("images"))
+    if "patches" in batch:  # N1.7's: (patches, 3, pixels), the one frame for both of a patch's times
+        values = pixel_values(batch.pop("patches"))
+        batch["pixel_values"] = values[:, :, None].expand(-1, -1, 2, -1).flatten(1)
     return batch
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 IMAGE_TOKENS = ("<IMG_CONTEXT>", "<img>", "</img>")
+HUB = {"Qwen3": "lerobot/eagle2hg-processor-groot-n1p5, Qwen/Qwen3-1.7B", "Qwen3-VL": "Qwen/Qwen3-VL-2B-Instruct"}
 EAGLE_TOKENS = (*IMAGE_TOKENS, "<box>", "</box>", "<quad>", "</quad>", "<ref>", "</ref>", "<interval>", "</interval>")
 FRAME = ("system\nYou are a helpful assistant.", "user\n", "assistant\n", "<image 1>", "<image 2>", "<image 3>")
 
@@ -269,11 +275,14 @@ def prompt(instruction: str, views: int, image_tokens: int, form: str = "plain")
     )
 
 
-def load_tokenizer(source: str, image_token_id: int | None, frame: bool = False):
+def load_tokenizer(
+    source: str, image_token_id: int | None, frame=False, added=EAGLE_TOKENS, image=IMAGE_TOKENS[0], of="Qwen3"
+):
     """A Qwen tokenizer with the image tokens; `image_token_id` is what the model takes for a place of an image.
 
     frame: one id more for each piece of the chat text around an instruction, half of what a model that reads bytes
-    would have to read.
+    would have to read. added: tokens that the plain one lacks, in the order of their ids; image: the one for an image;
+    of: for messages.
     """
     from transformers import Qwen2Tokenizer
 
@@ -285,13 +294,13 @@ def load_tokenizer(source: str, image_token_id: int | None, frame: bool = False)
         reason = str(error).splitlines()[0]
         fail(
             f"no tokenizer in '{source}' ({reason}); the weights come without one: give --tokenizer a folder or hub id "
-            "with the vocab.json and merges.txt of Qwen3 (lerobot/eagle2hg-processor-groot-n1p5, Qwen/Qwen3-1.7B)"
+            f"with the vocab.json and merges.txt of {of} ({HUB[of]})"
         )
     # a plain Qwen3 tokenizer lacks these: appended in this order they get the ids the model was trained with
-    tokenizer.add_special_tokens({"additional_special_tokens": list(EAGLE_TOKENS)})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(added)})
     if frame:
         tokenizer.add_tokens(list(FRAME))
-    found = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    found = tokenizer.convert_tokens_to_ids(image)
     if image_token_id is not None and found != image_token_id:
-        fail(f"tokenizer '{source}' gives <IMG_CONTEXT> the id {found}, the model expects {image_token_id}")
+        fail(f"tokenizer '{source}' gives {image} the id {found}, the model expects {image_token_id}")
     return tokenizer

@@ -19,10 +19,13 @@ def no_renderer() -> str:
     return ""
 
 
-def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
-    """frames (F, h, w, 3) uint8"""
+def write_mp4(path: Path, frames: np.ndarray, fps: int, beside: Path | None = None) -> None:
+    """frames (F, h, w, 3) uint8; on their left those of the file `beside`, if it is there and another."""
     import imageio
+    from imageio.v3 import imread
 
+    if beside and beside.exists() and beside != path:
+        frames = np.concatenate([imread(beside)[: len(frames)], frames], axis=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     imageio.mimwrite(path, frames, fps=fps, macro_block_size=1)
 
