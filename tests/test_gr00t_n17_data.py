@@ -6,6 +6,7 @@ a data set made here, with the bundled tokenizer.
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +14,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from test_gr00t_data import write_set
+from test_gr00t_doctor import record
 
-from common.robot import demonstrations, processor_n17, transforms
+from common.robot import demonstrations, doctor, processor_n17, transforms
 from common.robot.data_configs import CHUNK_CONFIGS, ChunkConfig, Relative
 from common.robot.demonstrations import Demonstrations
-from common.robot.policy import Stored, read_stored
+from common.robot.policy import Stored, read_stored, save_policy
 from common.robot.processor_n17 import Modalities, Processor
 from common.robot.transforms import to_device
 
@@ -198,6 +200,17 @@ def test_the_crop_is_of_the_centre_or_drawn_once_for_all_views():
     plain = processor_n17.transform_images(noise, Processor(color_jitter_params=None), np.random.default_rng(1))
     assert not torch.equal(plain[0], first)
     assert not torch.equal(plain, processor_n17.transform_images(noise, Processor()))
+
+
+def test_pictures_are_turned_about_their_centre():
+    image = torch.arange(48, dtype=torch.uint8).reshape(1, 3, 4, 4)
+    assert torch.equal(processor_n17.rotate(image, 90), image.rot90(dims=(2, 3)))
+    wide = torch.arange(24, dtype=torch.uint8).reshape(1, 3, 2, 4)
+    assert torch.equal(processor_n17.rotate(wide, 180), wide.rot90(2, dims=(2, 3)))
+    noise = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+    plain, turning = Processor(color_jitter_params=None), Processor(color_jitter_params=None, random_rotation_angle=9.0)
+    turned = [processor_n17.transform_images(noise, p, np.random.default_rng(1)) for p in (plain, turning)]
+    assert not torch.equal(*turned)
 
 
 def test_patches_of_a_token_follow_each_other():
@@ -491,12 +504,21 @@ def test_a_config_that_does_not_fit_ends_in_one_line(folder, tmp_path, capsys, c
     assert stop.value.code == 2 and words in error and error.count("\n") == 1
 
 
+class Weightless(torch.nn.Module):
+    """A model whose files are not looked at here."""
+
+    def save_pretrained(self, folder: Path, weights: dict) -> None:
+        (folder / "config.json").write_text(json.dumps({"model_type": "Gr00tN1d7"}))
+        (folder / "model.safetensors").touch()
+
+
 def test_the_published_files_are_written_and_read(robot, tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     for folder in (first, second):
         folder.mkdir()
-    about = robot.interface.about
-    processor_n17.write_processor(first, about, {"new_embodiment": robot.metadata})
+    libero = {"statistics": robot.metadata["statistics"], "modalities": {"state": {"x": {"shape": [1]}}, "action": {}}}
+    metadata = {"libero_sim": libero, "new_embodiment": robot.metadata}  # the first as of a published folder
+    save_policy(first, Weightless(), {}, metadata, robot.interface.about)
     whole = json.loads((first / "processor_config.json").read_text())
     assert whole["processor_class"] == "Gr00tN1d7Processor"
     action = whole["processor_kwargs"]["modality_configs"]["new_embodiment"]["action"]
@@ -504,28 +526,60 @@ def test_the_published_files_are_written_and_read(robot, tmp_path):
     how = {"rep": "RELATIVE", "type": "NON_EEF", "format": "DEFAULT", "state_key": None}
     assert action["action_configs"] == [how, how | {"rep": "ABSOLUTE"}]
     assert json.loads((first / "embodiment_id.json").read_text())["new_embodiment"] == 10
-    (first / "config.json").write_text(json.dumps({"model_type": "Gr00tN1d7"}))
-    stored = read_stored_in(first)
+    stored = read_stored(str(first))
     again = stored.acts()
-    assert again.data_config == CONFIG and again.processor.max_action_dim == 10 and again.cache_side == 64
+    assert again.data_config == CONFIG and again.processor.max_action_dim == 10
+    assert again.model_copy(update={"processor": robot.interface.processor}) == robot.interface.about
     entry = stored.embodiment("new_embodiment", CONFIG)
     assert entry["statistics"] == robot.metadata["statistics"] and stored.row("libero_sim") == 2
-    processor_n17.write_processor(second, again, stored.metadata)
-    for name in processor_n17.FILES:
-        assert (first / name).read_bytes() == (second / name).read_bytes()
-    rows = np.array([40])
-    state = robot.state_at(rows)
-    assert np.array_equal(
-        stored.interface(again).encode(
-            {k: x[rows[:, None] + np.arange(14)] for k, x in robot.raw["action"].items()}, state
-        ),
-        robot.actions(rows),
-    )
+    assert entry["modalities"] == robot.metadata["modalities"]
+    save_policy(second, Weightless(), {}, stored.metadata, again)
+    for file in (*processor_n17.FILES, "experiment_cfg/policy.json", "experiment_cfg/metadata.json"):
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+    interface, rows = stored.interface(again), np.array([40])
+    windows = {key: x[rows[:, None] + np.arange(14)] for key, x in robot.raw["action"].items()}
+    interface.shape(12, 16, 10)
+    assert np.array_equal(interface.encode(windows, robot.state_at(rows)), robot.actions(rows))
+    shutil.rmtree(first / "experiment_cfg")  # as another program leaves it
+    foreign = read_stored(str(first)).acts(embodiment_tag="new_embodiment")
+    assert foreign.data_config == CONFIG and foreign.cache_side == 64 and foreign.processor == again.processor
+    demonstrations.check_units(robot.sets, CONFIG, read_stored(str(first)).metadata["new_embodiment"], "a")
 
 
-def read_stored_in(folder: Path) -> Stored:
-    (folder / "model.safetensors").touch()
-    return read_stored(str(folder))
+def test_a_config_that_contradicts_the_files_is_refused(robot, tmp_path, capsys):
+    save_policy(tmp_path, Weightless(), {}, {"new_embodiment": robot.metadata}, robot.interface.about)
+    (tmp_path / "mine.py").write_text(NVIDIA)
+    with pytest.raises(SystemExit) as stop:
+        read_stored(str(tmp_path)).acts(data_config=str(tmp_path / "mine.py"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "trained with: horizon 14 against 12" in error and error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        read_stored(str(tmp_path)).acts(data_config="auto")  # which has 16 actions and every key
+    assert "state arm (q99), gripper (mean_std) against arm (q99), gripper (q99)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        stored = read_stored(str(tmp_path))
+        stored.interface(stored.acts(embodiment_tag="libero_sim", data_config="libero_sim"))
+    with pytest.raises(SystemExit):
+        stored.acts(embodiment_tag="libero_sim")
+    assert "has no keys for --embodiment-tag libero_sim (it has: new_embodiment)" in (error := capsys.readouterr().err)
+    assert "no statistics for --embodiment-tag libero_sim" in error
+
+
+def test_the_doctor_reads_the_files_of_n17(tmp_path, monkeypatch, capsys):
+    folder = record(tmp_path / "set", video=True)
+    robot = load([folder], tmp_path / "cache", replace(CONFIG, horizon=12))
+    save_policy(tmp_path, Weightless(), {}, {"new_embodiment": robot.metadata}, robot.interface.about)
+    code = run_script(doctor, ["doctor", str(tmp_path), "--dataset-path", str(folder)], monkeypatch)
+    assert code == 0, capsys.readouterr().out
+    seen = {
+        "state.arm": np.full((1, 7), 99.0),
+        "state.gripper": [[0.5]],
+        "video.top": np.zeros((1, 48, 64, 3), np.uint8),
+    }
+    np.savez(tmp_path / "seen.npz", **seen, **{"annotation.task": "lift it"})
+    code = run_script(doctor, ["doctor", str(tmp_path), "--observation", str(tmp_path / "seen.npz")], monkeypatch)
+    out = capsys.readouterr().out
+    assert code == 1 and "WRONG  state.arm" in out and "WRONG  state.gripper" not in out
 
 
 @parity
@@ -550,8 +604,6 @@ def read_stored_in(folder: Path) -> Stored:
     ],
 )
 def test_broken_published_files_end_in_one_line(tmp_path, capsys, file, change, words):
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(PARITY / "full_small", folder, copy_function=shutil.copyfile)
     folder.chmod(0o755)

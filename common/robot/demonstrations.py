@@ -97,7 +97,7 @@ def check_units(sets: list[Episodes], config: DataConfig, metadata: dict, source
         for kind in COLUMNS:
             for key in [key for key in getattr(config, kind) if key != PROGRESS]:
                 there, here = metadata["modalities"][kind][key], meaning(episodes.modality[kind][key])
-                if wrong := [name for name in here if here[name] != there[name]]:
+                if wrong := [name for name in here if name in there and here[name] != there[name]]:
                     name, a, b = wrong[0], there[wrong[0]], here[wrong[0]]
                     fail(f"{kind}.{key} of {episodes.path} has {name} {b}, checkpoint '{source}' learnt it with {a}")
 

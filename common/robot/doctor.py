@@ -163,7 +163,8 @@ def of_dataset(path: Path, interface: Interface) -> Iterator[Finding]:
         for key in [key for key in getattr(config, kind) if key in modality[kind]]:
             entry, stats = modality[kind][key], metadata["statistics"][kind][key]
             trained, here = metadata["modalities"][kind][key], meaning(entry)
-            other = [f"{name} {here[name]}, trained on {trained[name]}" for name in here if here[name] != trained[name]]
+            wrong = [name for name in here if name in trained and here[name] != trained[name]]
+            other = [f"{name} {here[name]}, trained on {trained[name]}" for name in wrong]
             yield Finding(f"{kind}.{key}", "meaning", "; ".join(other))
             if here["shape"] == trained["shape"]:
                 parts[key] = episodes.columns[entry["column"]][:, entry["start"] : entry["end"]]
@@ -183,7 +184,8 @@ def of_videos(episodes: Episodes, interface: Interface, cameras: list[str]) -> I
     described, here = interface.metadata["modalities"].get("video", {}), camera_facts(episodes)
     with tempfile.TemporaryDirectory() as folder:
         ends = sorted({0, len(episodes.ids) - 1})
-        paths = cache_frames(episodes, cameras, ends, Path(folder), interface.about.cache_side) if cameras else []
+        how = interface.about.cache_side, interface.reduce, interface.reduced
+        paths = cache_frames(episodes, cameras, ends, Path(folder), *how) if cameras else []
         for camera, path in zip(cameras, paths):
             frames = np.load(path, mmap_mode="r")
             mean = frames[np.linspace(0, len(frames) - 1, min(len(frames), 64)).astype(int)].mean((0, 1, 2))
@@ -193,6 +195,7 @@ def of_videos(episodes: Episodes, interface: Interface, cameras: list[str]) -> I
 
 def of_observation(seen: dict, interface: Interface) -> Iterator[Finding]:
     described, config = interface.metadata["modalities"].get("video", {}), interface.config
+    seen = interface.flat(seen)
     there = {kind: [key.partition(".")[2] for key in seen if key.startswith(f"{kind}.")] for kind in ("video", "state")}
     missing = [found for kind in there for found in keys(kind, list(getattr(config, kind)), there[kind])]
     yield from missing

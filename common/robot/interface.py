@@ -34,8 +34,7 @@ def model_tokenizer(c: GR00TConfig, source: str | None = None):
 
 
 def array_of(key: str, observation: dict, rank: int, width: int = 3, times: int = 1) -> tuple[np.ndarray, bool]:
-    """An entry of an observation as (B * times, …, width) with `rank` axes behind the first, and whether it came with a
-    batch axis."""
+    """An entry of an observation as (B * times, …, width), `rank` axes behind the first; whether it had a batch axis."""
     one = "(height, width, 3)" if rank == 3 else f"({width},)"
     try:
         x = np.asarray(observation[key])
@@ -93,12 +92,16 @@ class Interface:
         """Prepares it for a model as policy.json says; what is wrong with its tokenizer ends the program."""
         self.prepare(c, model_tokenizer(c, self.about.tokenizer), instructions, self.about.prompt_form)
 
+    def flat(self, observation: dict[str, Any]) -> dict[str, Any]:
+        """An observation in the keys of `read`, in whichever form it came."""
+        return observation
+
     def read(self, observation: dict[str, Any]) -> tuple[list[np.ndarray], dict[str, np.ndarray], list[str], bool]:
         """Checks an observation as `Policy.get_action` takes it -> frames (B, height, width, 3) of each camera (B * T
         where the policy sees T of them), state: key -> (B, width) float64, B instructions, whether there was a batch
         axis. ValueError: in one line."""
         config, metadata = self.config, self.metadata
-        language = f"annotation.{config.language}"
+        language, observation = f"annotation.{config.language}", self.flat(observation)
         wanted = [*(f"video.{key}" for key in config.video), *(f"state.{key}" for key in config.state), language]
         if not isinstance(observation, dict):
             raise ValueError(f"an observation is a dict of {', '.join(wanted)}, not a {type(observation).__name__}")

@@ -111,8 +111,8 @@ class Meaning(TypedDict):
     __pydantic_config__ = OPEN
     absolute: bool
     rotation_type: str | None
-    shape: Annotated[list[Count], Len(1, 1)]
     continuous: bool
+    shape: Annotated[list[Count], Len(1, 1)]
 
 
 class Modalities(TypedDict, total=False):
@@ -200,7 +200,12 @@ class Stored:
         """
         about = self.about
         tag = embodiment_tag or (about.embodiment_tag if about else self.likely_tag())
-        config = self.published(tag) or (about.data_config if about else None)
+        config = self.published(tag) if self.processor else about.data_config if about else None
+        if self.processor and not (config or data_config):
+            have = ", ".join(self.processor.modality_configs) or "none"
+            fail(
+                f"checkpoint '{self.source}' has no keys for --embodiment-tag {tag} (it has: {have}); give a tag it has"
+            )
         if not (config or data_config):
             fail(
                 f"checkpoint '{self.source}' does not say what it sees and in which order (it has no "
@@ -221,11 +226,12 @@ class Stored:
         if about is None:
             side = {"cache_side": self.processor.shortest_image_edge or 0} if self.processor else {}
             return self.describe(data_config or tag, config, tag, tokenizer=tokenizer, **side)
-        if about.horizon != config.horizon:
+        if about.horizon != config.horizon and tag == about.embodiment_tag:
             chunks = f"chunks of {about.horizon}, not {config.horizon} actions"
             fail(f"checkpoint '{self.source}': its policy.json has {chunks}")
         own = dict(data_config=config, embodiment_tag=tag, tokenizer=tokenizer or about.tokenizer)
-        return about.model_copy(update=own | dict(processor=self.processor, rows=self.rows))
+        own |= dict(horizon=config.horizon, processor=self.processor, rows=self.rows)
+        return about.model_copy(update=own)
 
     def likely_tag(self) -> str:
         """The embodiment of a checkpoint that does not name it: its only one, or new_embodiment."""
@@ -308,7 +314,11 @@ def save_policy(
     (folder / "experiment_cfg").mkdir()
     if about and isinstance(about.data_config, ChunkConfig):
         processor_n17.write_processor(folder, about, metadata)
-        metadata = {tag: {"modalities": entry["modalities"]} for tag, entry in metadata.items()}
+        facts = {tag: entry["modalities"] for tag, entry in metadata.items()}  # of another program's: shapes alone
+        whole = {
+            tag: all("absolute" in x for x in (*f["state"].values(), *f["action"].values())) for tag, f in facts.items()
+        }
+        metadata = {tag: {"modalities": facts[tag]} for tag in facts if whole[tag]}
     (folder / "experiment_cfg" / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")
     if about:
         (folder / "experiment_cfg" / "policy.json").write_text(about.model_dump_json(indent=1) + "\n")

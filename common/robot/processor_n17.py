@@ -208,8 +208,7 @@ def read_units(folder: Path) -> dict[str, dict]:
         facts: dict[str, dict] = {"video": {}, "state": {}, "action": {}}
         for kind in ("state", "action"):
             for key, numbers in statistics.setdefault(kind, {}).items():
-                shape = [len(numbers.get("min", [0]))]
-                facts[kind][key] = dict(absolute=True, rotation_type=None, continuous=True, shape=shape)
+                facts[kind][key] = {"shape": [len(numbers.get("min", [0]))]}
         found[tag] = {"statistics": statistics, "modalities": facts, "embodiment_tag": tag}
     return found
 
@@ -295,9 +294,11 @@ def find_chunk_config(name: str, modality: dict, p: Processor) -> ChunkConfig:
 def same_joints(key: str, modality: dict) -> bool:
     """Whether state and action of this key are the same numbers at two times."""
     there, entry = modality["state"].get(key), modality["action"][key]
-    if not there or not entry["absolute"] or entry["rotation_type"] or not entry["continuous"]:
+    if not there or not entry.get("absolute", True) or entry.get("rotation_type"):
         return False
-    return there["end"] - there["start"] == entry["end"] - entry["start"]
+    # of a data set: a place in a column; of a checkpoint: a shape
+    width, own = (e["shape"][0] if "shape" in e else e["end"] - e["start"] for e in (there, entry))
+    return width == own
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -436,10 +437,21 @@ def transform_images(frames: np.ndarray, p: Processor, rng: np.random.Generator 
     top, left = (down // 2, right // 2) if rng is None else (rng.integers(down + 1), rng.integers(right + 1))
     x = x[:, :, top : top + height, left : left + width]
     x = resize_area(x, *resized(height, width, p))
+    if rng is not None and p.random_rotation_angle:
+        x = rotate(x, rng.uniform(-p.random_rotation_angle, p.random_rotation_angle))
     if rng is not None and p.color_jitter_params:
         strengths = [p.color_jitter_params.get(name, 0.0) for name in JITTER]
         x = (transforms.jitter(x.float() / 255, rng, strengths) * 255).round().to(torch.uint8)
     return x
+
+
+def rotate(x: torch.Tensor, degrees: float) -> torch.Tensor:
+    """(n, 3, h, w) uint8, turned against the clock about the centre; the picture is mirrored at its borders."""
+    (h, w), angle = x.shape[2:], math.radians(degrees)
+    cosine, sine = math.cos(angle), math.sin(angle)
+    matrix = torch.tensor([[cosine, -sine * h / w, 0], [sine * w / h, cosine, 0]]).expand(len(x), 2, 3)
+    places = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    return F.grid_sample(x.float(), places, padding_mode="reflection", align_corners=False).round().to(torch.uint8)
 
 
 MOST, LEAST, TOY_EDGE = 16_384, 64, 64  # tokens of a picture, before sides are rounded; a toy's image in pixels
@@ -546,15 +558,15 @@ class InterfaceN17(Interface):
 
     # ---- what is seen
 
-    def read(self, observation: dict[str, Any]) -> tuple:
-        """As of N1.5, and in the nested form of N1.7's own clients: {"video": {…}, "state": {…}, "language": {…}}."""
-        if isinstance(observation, dict) and isinstance(observation.get("state"), dict):
-            flat = {}
-            for kind, parts in observation.items():
-                prefix = "" if kind == "language" else f"{kind}."
-                flat |= {f"{prefix}{key}": x for key, x in parts.items()} if isinstance(parts, dict) else {kind: parts}
-            observation = flat
-        return super().read(observation)
+    def flat(self, observation: dict[str, Any]) -> dict[str, Any]:
+        """From the form of N1.7's own clients too: {"video": {camera: …}, "state": {…}, "language": {…}}."""
+        if not isinstance(observation, dict) or not isinstance(observation.get("state"), dict):
+            return observation
+        flat = {}
+        for kind, parts in observation.items():
+            prefix = "" if kind == "language" else f"{kind}."
+            flat |= {f"{prefix}{key}": x for key, x in parts.items()} if isinstance(parts, dict) else {kind: parts}
+        return flat
 
     def tokens(self, instruction: str) -> np.ndarray:
         """The prompt's token ids, one for each image."""

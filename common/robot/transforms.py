@@ -60,7 +60,8 @@ def unnormalize(y: np.ndarray, mode: str | None, stats: dict[str, np.ndarray]) -
 
 def rotation_of(kind: str, key: str, config: DataConfig, metadata: dict) -> tuple[str, str] | None:
     """(recorded form, model's form) of a key whose rotation is converted."""
-    source, target = metadata["modalities"][kind][key]["rotation_type"], config.rotations.get(f"{kind}.{key}")
+    source = metadata["modalities"][kind][key].get("rotation_type")  # N1.7 says nothing of it
+    target = config.rotations.get(f"{kind}.{key}")
     return (source, target) if target and source != target else None
 
 
