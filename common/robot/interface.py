@@ -34,7 +34,7 @@ def model_tokenizer(c: GR00TConfig, source: str | None = None):
 
 
 def array_of(key: str, observation: dict, rank: int, width: int = 3, times: int = 1) -> tuple[np.ndarray, bool]:
-    """An entry of an observation as (B * times, …, width), `rank` axes behind the first; whether it had a batch axis."""
+    """An entry of an observation as (B * times, …, width), `rank` axes behind B, and whether it had a batch axis."""
     one = "(height, width, 3)" if rank == 3 else f"({width},)"
     try:
         x = np.asarray(observation[key])
