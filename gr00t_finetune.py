@@ -1,21 +1,23 @@
-"""GR00T N1.5: a flow-matching policy that turns camera images, joint state and an instruction into 16 actions.
+"""GR00T N1.5 or N1.7: a flow-matching policy that turns camera images, joint state and an instruction into actions.
 
-    data        LeRobot folders; sample = frame, state, instruction, the next H = 16 actions a, normalised to [-1, 1]
-    noise       eps ~ N(0, I),  s ~ Beta(1.5, 1),  t = (0.999 - s) / 0.999,  x_t = (1 - t) eps + t a
-    objective   minimise  mean over valid dims of |v(x_t, t, frame, state, instruction) - (a - eps)|^2
+    data        LeRobot folders; sample = frame, state, instruction, the next H actions a, normalised to [-1, 1]
+    noise       eps ~ N(0, I),  s ~ Beta(1.5, 1),  t falls with s (see flow_time),  x_t = (1 - t) eps + t a
+    objective   minimise  mean over valid entries of |v(x_t, t, frame, state, instruction) - (a - eps)|^2
     policy      x_0 ~ N(0, I),  x <- x + v(x, k / K) / K  for k = 0 .. K - 1,  K = 4 (Euler)
 
-Every line of the algorithm that is an equation carries it: grep for "eq:". The network, its published transforms and
-the reading of data sets are in common/robot/.
+Every line of the algorithm that is an equation carries it: grep for "eq:". The networks, their published transforms
+and the reading of data sets are in common/robot/. --model-path says which of the two versions it is; what differs
+between them is asked of the model, and tabled in docs/gr00t_finetune.md.
 
 Against the reference: no flash-attn, no logits that nobody reads, frames are decoded once and never reopened, episodes
 are held out and evaluated beside two baselines, --resume is bit-exact, a LoRA run saves a whole model.
-Left out on purpose: frames of the past, proprioceptive noise and dropout (no published configuration uses them).
 
-Dims: B samples, V cameras, S tokens, H = 16 action steps, D = 32 padded action dims, of which the robot has some.
+Dims: B samples, V cameras, S tokens, H action steps (N1.5: 16, N1.7: 40), D padded action dims (32, 132), of which the
+robot has some.
 
     uv run python gr00t_finetune.py                              # tiny model, bundled demonstrations, a laptop CPU
     uv run python gr00t_finetune.py --model-path lite            # no images: closed loop on Fetch in minutes
+    uv run python gr00t_finetune.py --model-path tiny-n17        # the same with N1.7
     uv run python gr00t_finetune.py --model-path nvidia/GR00T-N1.5-3B --dataset-path DIR --data-config so100_dualcam
     uv run python gr00t_finetune.py --eval-only --model-path RUN_DIR/best --dataset-path DIR
 
@@ -46,12 +48,14 @@ from common.parallel import World, clip_gradients, shard, sum_gradients
 from common.robot.demonstrations import Demonstrations, Split, check_units, make_metadata, prepared, read_mixture
 from common.robot.fetch import FetchVec
 from common.robot.fetch_robot import INSTRUCTIONS, FetchRobot, misfit
-from common.robot.gr00t_n15 import GR00T, GR00TConfig
+from common.robot.gr00t import HeadConfig, Network
+from common.robot.gr00t_n15 import GR00TConfig
+from common.robot.gr00t_n17 import GR00TN17Config
 from common.robot.lerobot import Episodes, find_folder, read_info, read_modality
 from common.robot.lora import LoRALinear, load_adapters
 from common.robot.policy import GR00TArgs, Policy, Stored, read_stored, save_policy, trained_parts
 from common.robot.report import Tally, describe, draw_open_loop, in_words, open_loop_tables
-from common.robot.transforms import ACTION_DIM, HORIZON, to_device
+from common.robot.transforms import to_device
 from common.robot.video import no_renderer
 from common.run import FREE, Run, RunArgs
 from common.stats import wilson
@@ -92,7 +96,8 @@ class Args(GR00TArgs, RunArgs):
 
     # model
     model_path: Text = "tiny"
-    """tiny, lite, a folder in the published layout, a run folder, or a hub id such as nvidia/GR00T-N1.5-3B"""
+    """tiny, lite, tiny-n17, lite-n17, a folder in the published layout, a run folder, or a hub id such as
+    nvidia/GR00T-N1.5-3B or nvidia/GR00T-N1.7-3B"""
     data_config: Text | None = None
     """cameras, joints, normalisation: one of common/robot/data_configs.py, auto (all of modality.json), or module:NAME;
     default: the checkpoint's with --eval-only, fetch for a Fetch robot, fourier_gr1_arms_only otherwise"""
@@ -118,6 +123,8 @@ class Args(GR00TArgs, RunArgs):
     """gradient norm to clip to, 0: never; default: by model size, 1 for the full one"""
     amp: Literal["auto", "off", "bf16"] = "auto"  # mixed precision; auto: bf16 on a GPU, off on a CPU
     augment: bool = True  # random crop and colour jitter
+    state_dropout: Partial | None = None
+    """share of the training samples whose state is hidden, 0 to 0.8; default: by model size, 0.2 for the full N1.7"""
 
     # speed: neither changes what is computed, but for rounding and dropout's random stream
     compile: bool = False
@@ -136,34 +143,46 @@ class Args(GR00TArgs, RunArgs):
     denoising_sweep: tuple[Count, ...] = (1, 2, 4, 8)  # other numbers of Euler steps to measure at the end
     closed_loop: bool = True  # let the policy act in the Fetch simulator, where the data is of it
     closed_loop_episodes: Count = 100  # episodes of each task, always the same ones
-    execute_steps: Annotated[int, Interval(ge=1, le=HORIZON)] = 8
-    """actions taken of each predicted chunk of 16 before the next look"""
+    execute_steps: Annotated[int, Interval(ge=1, le=1000)] = 8
+    """actions taken of each predicted chunk before the next look, at most all of it"""
 
 
-# What differs by model size where a flag is not given.
-SHORT = dict(adam_betas=(0.9, 0.95), max_grad_norm=10.0)  # minutes of training: large steps, short memory
-FULL = dict(adam_betas=(0.95, 0.999), max_grad_norm=1.0)
+# What differs by model where a flag is not given.
+SHORT = dict(adam_betas=(0.9, 0.95), max_grad_norm=10.0, state_dropout=0.0)  # minutes of training: large steps
+FULL = dict(max_steps=10_000, noises_per_sample=1, learning_rate=1e-4, max_grad_norm=1.0)
 RECIPES = {
     "tiny": SHORT | dict(max_steps=1800, batch_size=16, noises_per_sample=4, learning_rate=5e-3),
     "lite": SHORT | dict(max_steps=2000, batch_size=64, noises_per_sample=1, learning_rate=6e-3),
-    "full": FULL | dict(max_steps=10_000, batch_size=32, noises_per_sample=1, learning_rate=1e-4),
+    "n15": FULL | dict(batch_size=32, adam_betas=(0.95, 0.999), state_dropout=0.0),
+    "tiny-n17": SHORT | dict(max_steps=1800, batch_size=16, noises_per_sample=4, learning_rate=5e-3),
+    "lite-n17": SHORT | dict(max_steps=2000, batch_size=64, noises_per_sample=1, learning_rate=6e-3),
+    "n17": FULL | dict(batch_size=64, adam_betas=(0.9, 0.999), state_dropout=0.2),
 }
 FIGURES = 3  # held-out episodes that are drawn
 EVALUATION = 0  # seed of the noise in evaluations, whatever --seed is
 FRESH = {"tiny": partial(GR00TConfig.tiny, patch_size=16, vocab_size=280), "lite": GR00TConfig.lite}
+FRESH |= {"tiny-n17": GR00TN17Config.tiny, "lite-n17": GR00TN17Config.lite}
 
 
-def resolve(args: Args) -> Args:
+def find_stored(args: Args, checkpoint: Path | None = None) -> Stored:
+    """What the folder says that the model comes from, or what is known of a fresh one."""
+    if args.model_path in FRESH and not checkpoint:
+        config = FRESH[args.model_path]()
+        return Stored(args.model_path, sees=not config.instruction_vocab, version=config.version)
+    return read_stored(str(checkpoint or args.model_path))
+
+
+def resolve(args: Args, stored: Stored | None = None) -> Args:
     """Fills in what depends on the model and, in an evaluation, on the checkpoint."""
     old = {}
     if args.eval_only and args.model_path not in FRESH:
-        stored = read_stored(args.model_path)
+        stored = stored or find_stored(args)
         old = stored.args | ({"embodiment_tag": stored.about.embodiment_tag} if stored.about else {})
     for name in ("dataset_path", "embodiment_tag", "val_episodes", "batch_size"):
         if getattr(args, name) is None and old.get(name) is not None:
             args = replace(args, **{name: tuple(old[name]) if isinstance(old[name], list) else old[name]})
     fastest = "bf16" if torch.cuda.is_available() and args.device != "cpu" else "off"
-    recipe = RECIPES[args.model_path if args.model_path in FRESH else "full"]
+    recipe = RECIPES[args.model_path if args.model_path in FRESH else stored.version if stored else "n15"]
     args = replace(
         args,
         dataset_path=args.dataset_path or ("assets/fetch_demos",),
@@ -179,7 +198,7 @@ def resolve(args: Args) -> Args:
 def check(args: Args, world: World) -> None:
     """What can be wrong with the flags alone."""
     parts = world.size * args.gradient_accumulation_steps
-    if args.batch_size % parts:
+    if args.batch_size and args.batch_size % parts:
         fail(
             f"--batch-size {args.batch_size} does not divide into {world.size} process(es) x "
             f"--gradient-accumulation-steps {args.gradient_accumulation_steps}; "
@@ -229,8 +248,7 @@ def read_data(args: Args, stored: Stored, say=print, trained: bool = False) -> t
     else:
         name = args.data_config or ("fetch" if info.get("robot_type") == "fetch" else "fourier_gr1_arms_only")
         config = stored.find_config(name, modality)
-        if args.model_path == "lite" or not stored.sees:
-            config = replace(config, video=())
+        config = config if stored.sees else replace(config, video=())
         sets = read_mixture(folders, config, name, say)
         metadata = make_metadata(sets, config, set_weights(sets, args), tag)
         said = dict(cache_side=args.cache_side, prompt_form=args.prompt_form, tokenizer=args.tokenizer)
@@ -268,17 +286,18 @@ class Plan:
     length: int = 0  # S: prompts are padded to this, at least
     augment: bool = False
     noises: int = 1  # R: noises and times of each sample
+    hidden: float = 0.0  # share of the samples whose state is hidden
 
 
 class Samples(Dataset):
     """Batches of demonstrations, with the noises and times of the flow that belong to their draws.
 
-    `samples[plan]`: images (B * V, 3, size, size) uint8 (the model takes their `pixel_values`), eagle_input_ids and
-    eagle_attention_mask (B, S), state (B, 1, 64), action and action_mask (B, 16, 32), embodiment_id (1,), and noise
-    (B * R, 16, 32) and t (B * R,), R = `plan.noises` in a row for each sample.
+    `samples[plan]`: what the interface sees of the rows (images, ids and mask of the prompts, state), action and
+    action_mask (B, H, D), embodiment_id (1,), and noise (B * R, H, D) and t (B * R,), R = `plan.noises` in a row for
+    each sample; where states are hidden, state_dropped (B,) too.
     """
 
-    def __init__(self, data: Demonstrations, config: GR00TConfig):
+    def __init__(self, data: Demonstrations, config: HeadConfig):
         self.data, self.config = data, config
 
     def __getitem__(self, plan: Plan) -> Batch:
@@ -286,10 +305,14 @@ class Samples(Dataset):
         rngs = [stream(plan.seed, plan.stream, draw) for draw in plan.draws]
         # eq: s ~ Beta(1.5, 1): small t, that is much noise, is drawn more often
         t = [flow_time(rng.beta(c.noise_beta_alpha, c.noise_beta_beta, R), c) for rng in rngs]
-        noise = [rng.standard_normal((R, HORIZON, ACTION_DIM), dtype=np.float32) for rng in rngs]
+        noise = [rng.standard_normal((R, c.action_horizon, c.action_dim), dtype=np.float32) for rng in rngs]
         batch = self.data.batch(plan.rows, plan.length, rngs if plan.augment else None)
         batch["noise"] = torch.from_numpy(np.concatenate(noise))  # (B R, H, D)
         batch["t"] = torch.from_numpy(np.concatenate(t).astype(np.float32))  # (B R,)
+        if plan.hidden:  # twice, as in the reference: the numbers, to mid-range, and the token that is made of them
+            hidden = torch.from_numpy(np.array([rng.random(2) < plan.hidden for rng in rngs]))  # (B, 2)
+            batch["state"][hidden[:, 0]] = 0
+            batch["state_dropped"] = hidden[:, 1]
         return batch
 
 
@@ -326,6 +349,7 @@ def plans(order: Order, data: Demonstrations, args: Args, world: World, first: i
         draws = np.arange(step * args.batch_size, (step + 1) * args.batch_size)
         rows = np.array([order.row(int(draw)) for draw in draws])
         shared = dict(length=data.longest_prompt(rows), augment=args.augment, noises=args.noises_per_sample)
+        shared |= dict(hidden=args.state_dropout)
         for part in own:
             yield Plan(rows[part], draws[part], seed=args.seed, **shared)
 
@@ -333,26 +357,31 @@ def plans(order: Order, data: Demonstrations, args: Args, world: World, first: i
 # ---- 3. Model --------------------------------------------------------------------------------------------------------
 
 
-def plan_model(args: Args, source: Path | None) -> GR00TConfig:
-    """What will be loaded, or made (source: None). What is wrong with its files or the flags ends the program here."""
-    if source:
-        model, _ = GR00T.plan(source, attn_implementation=args.attn_implementation)
+def fresh_config(args: Args, horizon: int) -> HeadConfig:
+    """Of a model to be made, for the chunks of the data config."""
+    return FRESH[args.model_path](mask_padding=args.mask_padding, action_horizon=horizon, max_seq_len=max(horizon, 64))
+
+
+def plan_model(args: Args, stored: Stored, horizon: int) -> HeadConfig:
+    """What will be loaded, or made (no folder). What is wrong with its files or the flags ends the program here."""
+    if stored.folder:
+        model, _ = stored.network.plan(stored.folder, attn_implementation=args.attn_implementation)
     else:
         with torch.device("meta"):
-            model = GR00T(FRESH[args.model_path](), args.attn_implementation)
+            model = stored.network(fresh_config(args, horizon), args.attn_implementation)
     trained_parts(model, args)
     return model.config
 
 
-def load_model(args: Args, stored: Stored, run: Run) -> tuple[GR00T, dict[str, LoRALinear]]:
+def load_model(args: Args, stored: Stored, horizon: int, run: Run) -> tuple[Network, dict[str, LoRALinear]]:
     """The model with what trains unfrozen, and its adapters. What is frozen is stored as autocast computes it."""
     torch.manual_seed(stream_seed(args.seed, "weights") % 2**63)
-    if args.model_path in FRESH and not run.checkpoint:
-        model = GR00T.toy(FRESH[args.model_path](mask_padding=args.mask_padding), args.attn_implementation)
-        model = model.to(run.world.device)
+    network = stored.network
+    if not stored.folder:
+        model = network.toy(fresh_config(args, horizon), args.attn_implementation).to(run.world.device)
     else:
         frozen = not (args.tune_llm or args.tune_visual)
-        model = GR00T.from_pretrained(
+        model = network.from_pretrained(
             stored.folder,
             device=run.world.device,
             backbone_dtype=torch.bfloat16 if args.amp == "bf16" and frozen else torch.float32,
@@ -370,43 +399,43 @@ def load_model(args: Args, stored: Stored, run: Run) -> tuple[GR00T, dict[str, L
     return model, adapters
 
 
-def set_training(model: GR00T, adapters: dict[str, LoRALinear]) -> None:
+def set_training(model: Network, adapters: dict[str, LoRALinear]) -> None:
     """Training mode: frozen parts stay in evaluation mode, adapters drop out wherever they are."""
     model.train()
     for adapter in adapters.values():
         adapter.dropout.train()
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: Network, weight_decay: float) -> list[dict]:
     """Trainable parameters, decayed and not: no decay for LayerNorms and for names with "bias" in them.
 
-    The embodiment layers' biases are called `b` and RMSNorms are no LayerNorms, so both decay, as in the reference.
+    N1.7 spares RMSNorms too, N1.5 decays them. The embodiment layers' biases are called `b`, so they decay in both.
     """
     norms = {f"{n}.{k}" for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) for k in ("weight", "bias")}
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[name not in norms and "bias" not in name].append(parameter)
+            groups[name not in norms and not any(part in name for part in model.not_decayed)].append(parameter)
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
 # ---- 4. Algorithm ----------------------------------------------------------------------------------------------------
 
 
-def flow_time(s, config: GR00TConfig):
+def flow_time(s, config: HeadConfig):
     """A draw of Beta(1.5, 1) -> time of the flow: 0 is noise, 1 is data. Its density falls with t, the mean is 0.4."""
-    # eq: t = (0.999 - s) / 0.999
-    return (config.noise_s - s) / config.noise_s
+    # eq: t = (0.999 - s) / 0.999 (N1.5);  t = 0.999 (1 - s) (N1.7)
+    return (config.noise_s - s) / config.noise_s if config.version == "n15" else config.noise_s * (1 - s)
 
 
-def sample_time(config: GR00TConfig, count: int, device: torch.device) -> Tensor:
+def sample_time(config: HeadConfig, count: int, device: torch.device) -> Tensor:
     """(count,) times of the flow."""
     beta = torch.distributions.Beta(config.noise_beta_alpha, config.noise_beta_beta)
     return flow_time(beta.sample((count,)).to(device), config)
 
 
 def velocity_error(
-    model: GR00T, batch: Batch, noise: Tensor | None = None, t: Tensor | None = None
+    model: Network, batch: Batch, noise: Tensor | None = None, t: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squared error (B * R, H, D) of the predicted velocity, which entries count, the times t (B * R,) of it."""
     R = 1 if noise is None else len(noise) // len(batch["action"])
@@ -420,21 +449,24 @@ def velocity_error(
     # eq: u = dx_t / dt = x_1 - x_0
     v_target = x_1 - x_0
     features, mask = model.vl_features(batch)  # (B, S, W), once for all R noises of a sample: it sees none of them
-    v_pred = model.velocity(features, mask, state, x_t, t, batch["embodiment_id"])  # (B R, H, D)
+    dropped = {}
+    if "state_dropped" in batch and model.training:  # so that the policy learns to look at the pictures
+        dropped["state_dropped"] = batch["state_dropped"].repeat_interleave(R, 0)  # (B R,)
+    v_pred = model.velocity(features, mask, state, x_t, t, batch["embodiment_id"], **dropped)  # (B R, H, D)
     return (v_pred.float() - v_target) ** 2, valid, t
 
 
 def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the valid entries of the whole batch; steps past an episode's end are valid, padded dims are not."""
-    # eq: L = sum m |v - u|^2 / sum m
-    return (error * mask).sum() / mask.sum()
+    """Mean over the valid entries of the whole batch: not of padded dims, nor of steps beyond the robot's chunk."""
+    # eq: L = sum m |v - u|^2 / (sum m + 1e-6)
+    return (error * mask).sum() / (mask.sum() + 1e-6)
 
 
-def flow_matching_loss(model: GR00T, batch: Batch, noise: Tensor | None = None, t: Tensor | None = None) -> Tensor:
+def flow_matching_loss(model: Network, batch: Batch, noise: Tensor | None = None, t: Tensor | None = None) -> Tensor:
     """Flow-matching loss of a batch of demonstrations, a scalar in float32.
 
     Args:
-        batch: as `GR00T` takes it, with action and action_mask (B, H, D).
+        batch: as the model takes it, with action and action_mask (B, H, D).
         noise: x_0 (B * R, H, D), R in a row for each sample; drawn from N(0, I) with R = 1 when None.
         t: (B * R,) at most 1; drawn (see `sample_time`) when None.
     """
@@ -443,24 +475,46 @@ def flow_matching_loss(model: GR00T, batch: Batch, noise: Tensor | None = None, 
 
 
 @torch.no_grad()
-def sample_actions(model: GR00T, batch: Batch, noise: Tensor | None = None, num_steps: int = 4) -> Tensor:
+def sample_actions(model: Network, batch: Batch, noise: Tensor | None = None, num_steps: int = 4, **rtc) -> Tensor:
     """Actions (B, H, D) in normalised units, float32: Euler's method from noise (t = 0) to data (t = 1).
 
     Args:
-        batch: observations, as `GR00T` takes them.
+        batch: observations, as the model takes them.
         noise: x_0 (B, H, D); drawn from N(0, I) when None.
         num_steps: K, evaluations of the velocity.
+        rtc: rtc_previous and what else `real_time_chunk` takes, where a chunk is to go on from the previous one.
     """
     config, state = model.config, batch["state"]
     if noise is None:
         noise = torch.randn(len(state), config.action_horizon, config.action_dim, device=state.device)
     features, mask = model.vl_features(batch)  # once: they do not depend on t
-    x = noise.float()
+    x, w = real_time_chunk(noise.float(), **rtc) if rtc else (noise.float(), 1.0)
     for k in range(num_steps):
         t = torch.full((len(x),), k / num_steps, dtype=torch.float64, device=x.device)
-        # eq: x_{k+1} = x_k + v(x_k, k / K) / K
-        x = x + model.velocity(features, mask, state, x, t, batch["embodiment_id"]).float() / num_steps
+        # eq: x_{k+1} = x_k + w v(x_k, k / K) / K, w = 1 but in a chunk that goes on
+        x = x + w * model.velocity(features, mask, state, x, t, batch["embodiment_id"]).float() / num_steps
     return x
+
+
+def real_time_chunk(
+    x: Tensor, rtc_previous: Tensor, rtc_overlap_steps: int, rtc_frozen_steps=0, rtc_ramp_rate=6.0, rtc_horizon=0
+) -> tuple[Tensor, Tensor]:
+    """A start x_0 (B, H, D), instead of noise x, that goes on from the chunk (B, n, D) under way, and the weights w
+    (H, 1) of the flow from there.
+
+    The first `rtc_overlap_steps` are the end of the previous chunk's first `rtc_horizon` steps (0: of all), of which
+    `rtc_frozen_steps` stay as they are: they will be executed by the time the new ones are there. Not for actions that
+    are relative to the state: the previous chunk refers to an older state.
+    """
+    o, f, end = rtc_overlap_steps, rtc_frozen_steps, rtc_horizon or rtc_previous.shape[1]
+    if not 0 <= f <= o <= min(end, x.shape[1]) or end > rtc_previous.shape[1]:
+        raise ValueError(f"{f} frozen of {o} steps that overlap: of {end} and {x.shape[1]} that there are")
+    # eq: x_0[:o] = previous[end - o : end]
+    x = torch.cat([rtc_previous[:, end - o : end].to(x), x[:, o:]], dim=1)
+    # eq: w_j = (1 - e^(-rate j / (n + 1))) / (1 - e^-rate), j = 1 .. n = o - f; 0 before them, 1 after
+    j = torch.arange(1, o - f + 1, device=x.device)
+    ramp = (1 - torch.exp(-rtc_ramp_rate * j / (o - f + 1))) / (1 - math.exp(-rtc_ramp_rate))
+    return x, torch.cat([x.new_zeros(f), ramp, x.new_ones(x.shape[1] - o)])[:, None]
 
 
 def learning_rate(k: int, args: Args) -> float:
@@ -477,7 +531,7 @@ def autocast(args: Args, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16")
 
 
-def update(model: GR00T, optimizer, batches, tally: Tally, args: Args, run: Run) -> Tensor | None:
+def update(model: Network, optimizer, batches, tally: Tally, args: Args, run: Run) -> Tensor | None:
     """One optimizer step, micro-batch by micro-batch. Returns the gradient's norm (), or None where it is not finite:
     the weights are then still those of the step before."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -503,7 +557,7 @@ def update(model: GR00T, optimizer, batches, tally: Tally, args: Args, run: Run)
 
 
 @torch.no_grad()
-def validate(model: GR00T, samples: Samples, rows: np.ndarray, args: Args) -> dict[str, float]:
+def validate(model: Network, samples: Samples, rows: np.ndarray, args: Args) -> dict[str, float]:
     """Loss and error of sampled actions on held-out frames: evenly spaced ones, the same noise and times every time.
 
     The loss is not what a policy is for: most of it is the last stretch of the flow, which the samples hardly feel.
@@ -513,7 +567,7 @@ def validate(model: GR00T, samples: Samples, rows: np.ndarray, args: Args) -> di
     model.eval()
     data, count = samples.data, min(len(rows), args.eval_batches * args.batch_size)
     chosen = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
-    tally = Tally(model.device)
+    tally = Tally(model.device, model.config.action_dim)
     for part in pieces(np.arange(count), args.batch_size):
         batch = to_device(samples[Plan(chosen[part], part, "validation")], model.device)
         with autocast(args, model.device):
@@ -528,30 +582,31 @@ def pieces(x: np.ndarray, size: int) -> list[np.ndarray]:
     return np.split(x, range(size, len(x), size))
 
 
-def policy_of(model: GR00T, samples: Samples, args: Args) -> Policy:
+def policy_of(model: Network, samples: Samples, args: Args) -> Policy:
     """The policy as it is measured: observations to actions as everywhere, by this file's sampler."""
     return Policy(model, samples.data.interface, sample_actions, args.denoising_steps, args.amp == "bf16")
 
 
-def predict_rows(model: GR00T, samples: Samples, rows: np.ndarray, args: Args, num_steps: int) -> np.ndarray:
-    """The policy's 16 actions (B, 16, 32) for recorded rows, in model units; the noise depends on the row alone."""
+def predict_rows(model: Network, samples: Samples, rows: np.ndarray, args: Args, num_steps: int) -> np.ndarray:
+    """The policy's actions (B, H, D) for recorded rows, in model units; the noise depends on the row alone."""
     policy = policy_of(model, samples, args)
     parts = watched(pieces(rows, args.batch_size), "open loop")
     batches = (samples[Plan(part, part, "open loop")] for part in parts)
     return torch.cat([policy.chunk(batch, batch["noise"], num_steps) for batch in batches]).numpy()
 
 
-def open_loop(model: GR00T, samples: Samples, held: Split, args: Args, num_steps: int) -> list[dict]:
-    """Replays held-out episodes: every 16 rows the policy predicts the 16 actions that follow, from the recording.
+def open_loop(model: Network, samples: Samples, held: Split, args: Args, num_steps: int) -> list[dict]:
+    """Replays held-out episodes: every h rows the policy predicts the h actions that follow, from the recording.
 
     Returns a dict for each episode: recorded, predicted, hold, mean (T, d) in raw units (T rows of the episode, at most
     --eval-steps), and normalized (T, 2, D): prediction and recording in model units.
     """
     data, results, episodes = samples.data, [], held.val_episodes[: args.eval_trajs]
+    h = data.interface.horizon
     if not episodes:
         return []
     mean_action = data.raw_action[held.rows].mean(0)
-    looks = [np.arange(e.start, min(e.end, e.start + args.eval_steps), HORIZON) for e in episodes]
+    looks = [np.arange(e.start, min(e.end, e.start + args.eval_steps), h) for e in episodes]
     cuts = np.cumsum([len(rows) for rows in looks])[:-1]
     chunks = predict_rows(model, samples, np.concatenate(looks), args, num_steps)  # (looks of all episodes, H, D)
     for episode, rows, chunk in zip(episodes, looks, np.split(chunks, cuts)):
@@ -559,14 +614,14 @@ def open_loop(model: GR00T, samples: Samples, held: Split, args: Args, num_steps
         T = len(recorded)
         # the action before each chunk; before the first there is none yet
         held_action = [mean_action, *data.raw_action[rows[1:] - 1]]
-        both = np.stack([chunk, data.actions(rows)], axis=2)  # (looks, H, 2, D)
+        both = np.stack([chunk, data.actions(rows)], axis=2)[:, :h]  # (looks, h, 2, D)
         results.append(
             {
                 "episode": episode.number,
                 "instruction": data.instructions[data.text[episode.start]],
                 "recorded": recorded,
-                "predicted": np.concatenate(data.interface.actions(chunk))[:T],
-                "hold": np.repeat(held_action, HORIZON, axis=0)[:T],
+                "predicted": np.concatenate(data.interface.actions(chunk, data.state_at(rows)))[:T],
+                "hold": np.repeat(held_action, h, axis=0)[:T],
                 "mean": np.broadcast_to(mean_action, recorded.shape),
                 "normalized": np.concatenate(both)[:T, :, : data.dims],
             }
@@ -603,29 +658,30 @@ def open_loop_metrics(errors: list[dict], prefix: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def closed_loop(model: GR00T, samples: Samples, env_id: str, args: Args) -> dict[str, float]:
+def closed_loop(model: Network, samples: Samples, env_id: str, args: Args) -> dict[str, float]:
     """The policy plays `--closed-loop-episodes` episodes of 50 steps, seeds 0 and up, which no demonstration has.
 
     Success is that of the last step; `once` counts episodes that were at the goal after any step.
     """
     n, robot = args.closed_loop_episodes, FetchRobot(samples.data.interface, env_id)
+    every = min(args.execute_steps, samples.data.interface.horizon)
     policy = policy_of(model, samples, args)
     envs = FetchVec(env_id, n)
     obs, _ = envs.reset(seed=0)
     once, final = np.zeros(n, bool), np.zeros(n, bool)
     for step in watched(range(envs.max_episode_steps), f"closed loop, {env_id}"):
-        if step % args.execute_steps == 0:
+        if step % every == 0:
             rngs = [stream(EVALUATION, "closed loop", step, i) for i in range(n)]
-            noise = np.stack([rng.standard_normal((HORIZON, ACTION_DIM), dtype=np.float32) for rng in rngs])
+            noise = np.stack([rng.standard_normal(policy.interface.chunk_shape, dtype=np.float32) for rng in rngs])
             arrays, parts = envs.get_state()[0], []
             look = robot.observation(obs, arrays["physics"], arrays["goal"])
             for first in range(0, n, args.batch_size):
                 part = slice(first, first + args.batch_size)
                 batch = policy.interface.see({key: value[part] for key, value in look.items()})
                 chunk = policy.chunk(batch, torch.from_numpy(noise[part]))
-                parts.append(robot.actions(chunk, args.execute_steps))
-            actions = np.concatenate(parts)  # (N, execute_steps, 4)
-        obs, _, _, dones, infos = envs.step(actions[:, step % args.execute_steps])
+                parts.append(robot.actions(chunk, every))
+            actions = np.concatenate(parts)  # (N, every, 4)
+        obs, _, _, dones, infos = envs.step(actions[:, step % every])
         final = infos["final_info"]["is_success"].astype(bool) if dones.all() else infos["is_success"].astype(bool)
         once |= final
     envs.close()
@@ -635,7 +691,7 @@ def closed_loop(model: GR00T, samples: Samples, env_id: str, args: Args) -> dict
     return {f"closed_loop/{env_id.removesuffix('-v4')}/{name}": float(value) for name, value in found.items()}
 
 
-def act(model: GR00T, samples: Samples, args: Args, say) -> dict[str, float]:
+def act(model: Network, samples: Samples, args: Args, say) -> dict[str, float]:
     """Closed loop in every task that the demonstrations have, where there is a simulator for them."""
     data, found = samples.data, {}
     if not args.closed_loop or any(episodes.info.get("robot_type") != "fetch" for episodes in data.sets):
@@ -657,7 +713,7 @@ def act(model: GR00T, samples: Samples, args: Args, say) -> dict[str, float]:
 # ---- 7. Main ---------------------------------------------------------------------------------------------------------
 
 
-def evaluate(model: GR00T, samples: Samples, held: Split, args: Args, run: Run, step: int) -> dict[str, float]:
+def evaluate(model: Network, samples: Samples, held: Split, args: Args, run: Run, step: int) -> dict[str, float]:
     """The whole evaluation: held-out episodes with several numbers of Euler steps, tables, figures, simulator."""
     results = open_loop(model, samples, held, args, args.denoising_steps)
     errors = [episode_errors(result) for result in results]
@@ -669,13 +725,14 @@ def evaluate(model: GR00T, samples: Samples, held: Split, args: Args, run: Run, 
         names = samples.data.interface.action_names(raw=True)
         open_loop_tables(run, step, results, errors, names)
         for result in results[:FIGURES]:
-            draw_open_loop(result, names, HORIZON, run.folder / "open_loop" / f"episode_{result['episode']:06d}.png")
+            path = run.folder / "open_loop" / f"episode_{result['episode']:06d}.png"
+            draw_open_loop(result, names, samples.data.interface.horizon, path)
     metrics |= act(model, samples, args, run.say)
     run.table("evaluation_summary", step, [metrics])
     return metrics
 
 
-def train(model: GR00T, adapters: dict, samples: Samples, held: Split, metadata: dict, args: Args, run: Run) -> None:
+def train(model: Network, adapters: dict, samples: Samples, held: Split, metadata: dict, args: Args, run: Run) -> None:
     """The loop: an optimizer step, its line of metrics, what the policy does on held-out episodes, a checkpoint."""
     data, world, device = samples.data, run.world, model.device
     takes_part = world.main or args.fsdp  # in evaluations; sharded weights compute in all processes at once
@@ -683,7 +740,7 @@ def train(model: GR00T, adapters: dict, samples: Samples, held: Split, metadata:
         parameter_groups(model, args.weight_decay), lr=args.learning_rate, betas=args.adam_betas, eps=1e-8, fused=True
     )
     state = {"args": asdict(args), "rows": len(data.end), "train_s": 0.0, "base": {}, "last": {}, "sums": None}
-    state, tally = run.resume(state, optimizer), Tally(device)
+    state, tally = run.resume(state, optimizer), Tally(device, model.config.action_dim)
     if state["rows"] != len(data.end):
         fail(f"--resume needs the data of the run: it had {state['rows']} rows, this has {len(data.end)}")
     if run.checkpoint:
@@ -751,20 +808,22 @@ def train(model: GR00T, adapters: dict, samples: Samples, held: Split, metadata:
 
 def main(args: Args) -> None:
     run = Run(__file__, args, FREE | {"num_workers", "cache_dir", "data_config"})
-    args = resolve(run.args)
+    check(run.args, run.world)  # flags, before a checkpoint is looked for
+    stored = find_stored(run.args, run.checkpoint)  # what a run is resumed with is its checkpoint's
+    args = resolve(run.args, stored)
     check(args, run.world)
     if args.amp == "bf16":  # what autocast leaves in fp32, such as rotary angles, is to be exact
         torch.set_float32_matmul_precision("highest")
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
     # everything that can be wrong with data, checkpoint and tokenizer is found before a model is loaded or a run folder
-    # made; what a run is resumed with is its checkpoint's
-    source = run.checkpoint or (None if args.model_path in FRESH else args.model_path)
-    stored = read_stored(str(source)) if source else Stored(args.model_path)
+    # made
     say = print if run.world.main else lambda text: None
     args, data, metadata = read_data(args, stored, say, trained=args.eval_only or bool(run.checkpoint))
     held, interface = hold_out(data, args), data.interface
-    interface.fit(plan_model(args, stored.folder), data.instructions)
+    if args.execute_steps > max(interface.horizon, Args.execute_steps):
+        fail(f"--execute-steps {args.execute_steps}: at most {interface.horizon}, a chunk of this data config")
+    interface.fit(plan_model(args, stored, interface.horizon), data.instructions)
     if data.config.video:
         used = held.val_episodes if args.eval_only else held.val_episodes + held.episodes
         cache_dir = Path(args.cache_dir or f"{args.output_dir}/frame_cache")
@@ -772,7 +831,7 @@ def main(args: Args) -> None:
         if not args.eval_only:
             data.describe_frames(held.rows)
     with run.open(args):
-        model, adapters = load_model(args, stored, run)
+        model, adapters = load_model(args, stored, interface.horizon, run)
         samples = Samples(data, model.config)
         if not args.eval_only:
             train(model, adapters, samples, held, metadata, args, run)

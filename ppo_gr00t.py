@@ -43,14 +43,13 @@ from common.cli import Count, Fraction, Name, Natural, NonNegative, Positive, Se
 from common.language.stats import with_means
 from common.parallel import World, clip_gradients, sum_gradients
 from common.robot import fetch, sim
-from common.robot.feature_cache import FeatureCache
+from common.robot.feature_cache import FeatureCache, prompted
 from common.robot.fetch_robot import Camera, FetchRobot, fine_tuned, read_interface
 from common.robot.files import read_tensors
-from common.robot.gr00t_n15 import GR00T
+from common.robot.gr00t import Network
 from common.robot.lora import load_adapters
-from common.robot.policy import GR00TArgs, Interface, save_policy, trained_parts
+from common.robot.policy import GR00TArgs, Interface, read_stored, save_policy, trained_parts
 from common.robot.sim import RunningStatistics, SimArgs, own_rows
-from common.robot.transforms import HORIZON, pixel_values
 from common.robot.video import Videos, write_mp4
 from common.run import FREE, Run
 from common.streams import stream_seed, torch_stream
@@ -97,7 +96,7 @@ class Args(GR00TArgs, SimArgs):
     num_envs: Count = 64  # environments N, over all processes
     num_steps: Count | None = None
     """chunks T that each environment executes in an iteration; default: by task, 10 with --advantage group"""
-    execute_steps: Annotated[int, Interval(ge=1, le=HORIZON)] = 5
+    execute_steps: Annotated[int, Interval(ge=1, le=1000)] = 5
     """actions C executed of each predicted chunk of 16 before the next look"""
     stagger: bool = True  # start the environments at different ages, so that no batch is all starts or all ends
 
@@ -229,7 +228,7 @@ class NoiseNet(nn.Module):
 class Agent(nn.Module):
     """The flow policy, a critic that sends no gradient into it, running statistics, and for Flow-Noise its network."""
 
-    def __init__(self, model: GR00T, embodiment: int, prompt: torch.Tensor, args: Args):
+    def __init__(self, model: Network, embodiment: int, prompt: torch.Tensor, args: Args):
         """embodiment: row of the embodiment layers. prompt (1, S): the task's instruction as token ids."""
         super().__init__()
         c = model.config
@@ -253,18 +252,14 @@ class Agent(nn.Module):
 
     def backbone(self, images: torch.Tensor | None, count: int) -> torch.Tensor:
         """The prompt with images (count, 3, h, w) uint8, or none -> features (count, S, W)."""
-        ids = self.prompt.expand(count, -1)
-        batch = {"eagle_input_ids": ids, "eagle_attention_mask": torch.ones_like(ids)}
-        if images is not None:
-            batch["eagle_pixel_values"] = pixel_values(images.to(ids.device))
         with self.autocast():
-            return self.model.backbone(batch)[0]
+            return self.model.backbone(prompted(self.model.config, self.prompt, images, count))[0]
 
     def look(self, features: torch.Tensor, index: torch.Tensor, state: torch.Tensor) -> dict[str, torch.Tensor]:
         """What policy and critic see: VL features vl (B or 1, S, W), state (B, 1, 64), condition (B, X).
 
         features (U, S, W) of the backbone, one of them for each distinct observation; index (B,) says which is whose.
-        Every prompt of a run has the same length, so nothing is padded and there is no mask.
+        Every prompt of a run has the same length, so nothing is padded.
         """
         with self.autocast():
             vl = self.model.process_backbone(features).float()
@@ -277,7 +272,8 @@ class Agent(nn.Module):
     def velocity(self, look: dict[str, torch.Tensor], x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x (B, H, D) fp32, t (B,) float64 -> v (B, H, D) fp32; only what happens inside is in low precision."""
         with self.autocast():
-            return self.model.velocity(look["vl"], None, look["state"], x, t, self.embodiment_id).float()
+            kinds = self.model.kinds_of(self.prompt)
+            return self.model.velocity(look["vl"], kinds, look["state"], x, t, self.embodiment_id).float()
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         """(B, X) raw -> standardised, clipped to +-10; the std has a floor: most of a padded state is constant."""
@@ -711,9 +707,7 @@ def plain_flow(agent: Agent, robot: FetchRobot, args: Args):
     @torch.no_grad()
     def act(group: Group, generator) -> np.ndarray:
         obs, cache = group.obs, FeatureCache(agent)
-        batch = robot.interface.see(robot.observation(obs, obs["physics"], obs["desired_goal"]))
-        state = batch["state"][:, 0].to(device)
-        look = cache.look(cache.add(batch.get("images"), len(state)), state)
+        state, _, look = look_at(obs, robot, cache)
         noise = torch.randn(len(state), c.action_horizon, c.action_dim, generator=generator).to(device)
         return robot.actions(ode_actions(agent, look, noise, args), args.execute_steps)
 
@@ -812,13 +806,12 @@ def load_agent(args: Args, interface: Interface, run: Run) -> tuple[Agent, Fetch
     """Policy and critic, the robot, and LoRA's adapters; with --resume as they were saved."""
     device, frozen = run.world.device, not (args.tune_llm or args.tune_visual)
     dtype = torch.bfloat16 if args.amp == "bf16" and frozen and interface.config.video else torch.float32
-    model = GR00T.from_pretrained(
+    model = read_stored(args.model_path).network.from_pretrained(
         args.model_path, device=device, attn_implementation=args.attn_implementation, backbone_dtype=dtype
     )
     robot, adapters = FetchRobot(interface, args.env_id), trained_parts(model, args)
     model.eval()  # dropout is off everywhere and always, or old and new policy would differ by it
-    prompt = torch.from_numpy(interface.tokens(robot.instruction))[None]
-    agent = Agent(model, interface.embodiment, prompt, args).to(device)
+    agent = Agent(model, interface.embodiment, robot.prompt(), args).to(device)
     if run.checkpoint:
         own = read_tensors(trainer_file(run.checkpoint, "agent.safetensors"), agent.own_state())
         agent.load_state_dict(agent.state_dict() | own)

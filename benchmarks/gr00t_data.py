@@ -24,8 +24,8 @@ from common.parallel import World
 from common.robot import lerobot
 from common.robot.demonstrations import prepared
 from common.robot.gr00t_n15 import GR00T
-from common.robot.policy import Stored, model_tokenizer
-from common.robot.transforms import encode, transform_images
+from common.robot.policy import model_tokenizer
+from common.robot.transforms import HORIZON, encode, transform_images
 from common.streams import stream
 
 
@@ -49,7 +49,7 @@ def reopened(data, row: int) -> tuple[dict, np.ndarray]:
     frame, recorded = row - int(episodes.starts[e]), episodes.recorded[e]
     widths = {name: rows.shape[1] for name, rows in episodes.columns.items()}
     columns = lerobot.read_columns(recorded.data, widths)
-    rows = np.minimum(frame + np.arange(g.HORIZON), len(next(iter(columns.values()))) - 1)
+    rows = np.minimum(frame + np.arange(HORIZON), len(next(iter(columns.values()))) - 1)
     raw = {}
     for kind, at in (("state", [frame]), ("action", rows)):
         keys = getattr(data.config, kind)
@@ -83,7 +83,7 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as cache:
         settings = g.Args(dataset_path=(args.dataset_path,), data_config=args.data_config, cache_dir=cache)
         settings = g.resolve(g.replace(settings, batch_size=args.batch_size, max_steps=10_000))
-        settings, data, _ = g.read_data(settings, Stored("tiny"), lambda text: None)
+        settings, data, _ = g.read_data(settings, g.find_stored(settings), lambda text: None)
         start = time.perf_counter()
         data.open_frames(data.episodes, Path(cache), settings.cache_side)
         print(f"{len(data.end):,} frames decoded into the cache in {time.perf_counter() - start:.1f} s, once")

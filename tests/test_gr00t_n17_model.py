@@ -95,6 +95,24 @@ def test_head_fixture_velocity_loss_gradients_and_samples(device):
 
 
 @needs_fixtures
+def test_head_fixture_four_adamw_updates():
+    model, batch, _, facts = head_fixture()
+    adamw = facts["expected"]["adamw"]
+    groups = {True: [], False: []}
+    for name, p in model.named_parameters():
+        groups[name not in adamw["not_decayed"]].append(p)
+    groups = [dict(params=groups[True], weight_decay=adamw["weight_decay"]), dict(params=groups[False], weight_decay=0)]
+    optimizer = torch.optim.AdamW(groups, lr=adamw["lr"], betas=adamw["betas"], eps=adamw["eps"])
+    for target in adamw["losses"]:
+        loss, _ = flow_loss(model, batch)
+        assert abs(loss.item() / target - 1) < TOLERANCE["cpu"]["adamw"]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), adamw["clip_grad_norm"])
+        optimizer.step()
+
+
+@needs_fixtures
 def test_head_fixture_without_the_state_of_some_samples():
     model, batch, _, facts = head_fixture()
     features, mask = model.vl_features(batch)

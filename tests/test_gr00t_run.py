@@ -23,7 +23,7 @@ from common.robot import lora, transforms
 from common.robot.data_configs import DATA_CONFIGS
 from common.robot.gr00t_n15 import GR00T, GR00TConfig
 from common.robot.lora import add_lora
-from common.robot.policy import Stored, read_stored
+from common.robot.policy import read_stored
 from common.robot.report import Tally
 from gr00t_finetune import Args, flow_matching_loss, sample_actions
 
@@ -203,7 +203,7 @@ def test_parity_of_loss_gradients_and_actions_with_the_reference(name):
 def test_metrics_by_time_and_by_dim_add_up_to_the_loss(lite):
     batch = make_batch(B=40)
     error, _, t = g.velocity_error(lite, batch, batch["noise"], batch["t"])
-    tally = Tally(torch.device("cpu"))
+    tally = Tally(torch.device("cpu"), 32)
     for part in (slice(0, 15), slice(15, 40)):
         tally.add(error[part], batch["action_mask"][part], t[part])
     metrics = tally.metrics("train", list("abcde"))
@@ -530,7 +530,7 @@ def test_the_expert_seen_through_the_policy_interface_succeeds(monkeypatch):
     from common.robot.fetch import FetchVec
 
     args = g.resolve(Args(model_path="lite", closed_loop_episodes=4, execute_steps=1))
-    args, data, _ = g.read_data(args, Stored("lite"), lambda text: None)
+    args, data, _ = g.read_data(args, g.find_stored(args), lambda text: None)
     data.interface.prompts = dict.fromkeys(data.instructions, np.arange(3))
     lastly = {}
     step = FetchVec.step

@@ -3,6 +3,23 @@
 import hashlib
 
 import torch
+from torch import Tensor
+
+from common.robot.processor_n17 import patches
+from common.robot.transforms import to_device
+
+
+def prompted(c, prompt: Tensor, images: Tensor | None, count: int) -> dict[str, Tensor]:
+    """What the backbone of a model with the sizes `c` takes: the prompt (1, S) with images (count, 3, h, w) uint8, or
+    none, on the prompt's device."""
+    ids = prompt.expand(count, -1)
+    batch = {f"{c.prefix}input_ids": ids, f"{c.prefix}attention_mask": torch.ones_like(ids)}
+    if images is not None and c.version == "n15":
+        batch["images"] = images
+    elif images is not None:
+        batch["patches"] = patches(images, c.patch_size, c.merge_size)
+        batch["image_grid_thw"] = torch.tensor([[1, *(side // c.patch_size for side in images.shape[2:])]] * count)
+    return to_device(batch, prompt.device)
 
 
 class FeatureCache:

@@ -18,7 +18,6 @@ import torch
 from common.cli import fail
 from common.robot.data_configs import DataConfig
 from common.robot.fetch import import_robotics
-from common.robot.gr00t_n15 import GR00T
 from common.robot.policy import Interface, read_stored, trained_parts
 from common.robot.video import no_renderer
 
@@ -80,6 +79,7 @@ class Camera:
         if why := no_renderer():
             fail(f"no pictures: {why}; --no-video records the rest")
         import_robotics()
+        self.size = size
         self.env = gym.make(env_id, render_mode="rgb_array", width=size, height=size, default_camera_config=VIEW)
         self.env.reset(seed=0)
 
@@ -99,6 +99,8 @@ def misfit(config: DataConfig) -> str:
     """Why a policy with this data config cannot act in Fetch; empty if it can."""
     if not set(config.state) <= set(STATE) or list(config.action) != list(ACTION):
         return f"it needs the actions {', '.join(ACTION)} and state of {', '.join(STATE)}"
+    if config.relative:
+        return f"its actions {', '.join(config.relative)} are relative to the state, Fetch's are displacements"
     if config.video not in ((), ("front",)):
         return f"it is drawn from the camera 'front' alone, not from {', '.join(config.video)}"
     return ""
@@ -108,15 +110,17 @@ def read_interface(args) -> tuple:
     """args, and the Interface of the checkpoint args.model_path, prepared for the instruction of args.env_id.
 
     Nothing is guessed, and what is wrong with weights, units or tokenizer ends the program before they are loaded.
-    args: a GR00TArgs; the folder, the data config and the embodiment that are meant come back in it.
+    args: those of ppo_gr00t.py; the folder, the data config and the embodiment that are meant come back in it.
     """
     stored = read_stored(args.model_path)
     about = stored.acts(args.data_config, args.embodiment_tag, args.tokenizer)
     interface = stored.interface(about)
     if reason := misfit(interface.config):
         fail(f"'{args.model_path}' does not fit Fetch: {reason}; fine-tune it on Fetch first")
+    if args.execute_steps > interface.horizon:
+        fail(f"--execute-steps {args.execute_steps}: at most {interface.horizon}, a chunk of '{args.model_path}'")
     own = dict(data_config=about.name, embodiment_tag=about.embodiment_tag, tokenizer=about.tokenizer)
-    model, _ = GR00T.plan(stored.folder, attn_implementation=args.attn_implementation)
+    model, _ = stored.network.plan(stored.folder, attn_implementation=args.attn_implementation)
     trained_parts(model, args)  # or why not
     interface.fit(model.config, [INSTRUCTIONS[args.env_id]])
     return replace(args, model_path=str(stored.folder), **own), interface
@@ -156,7 +160,14 @@ class FetchRobot:
         if self.camera is None:
             return None
         frames = np.stack([self.camera.draw(p, g) for p, g in zip(physics, goals)])
-        return self.interface.images(frames[:, None])
+        return torch.stack(list(self.interface.images(frames[:, None])))
+
+    def prompt(self) -> torch.Tensor:
+        """(1, S) the token ids of the instruction, with those of a picture where the policy has a camera."""
+        size = self.camera.size if self.camera else 0
+        images = self.interface.images(np.zeros((1, 1, size, size, 3), np.uint8)) if self.camera else None
+        batch = self.interface.batch(np.zeros((1, self.interface.state_dim), np.float32), [self.instruction], images)
+        return next(ids for name, ids in batch.items() if name.endswith("input_ids"))
 
     def observation(self, obs: dict[str, np.ndarray], physics: np.ndarray, goals: np.ndarray) -> dict:
         """N of FetchVec's observations and simulator states as `Policy.get_action` takes a batch of them."""

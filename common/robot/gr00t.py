@@ -246,6 +246,10 @@ class Network(nn.Module):
     ) -> Tensor:
         return self.action_head.velocity(features, mask, state, x_t, t, embodiment_id, state_dropped)
 
+    def kinds_of(self, ids: Tensor) -> Tensor | None:
+        """What `velocity` takes as the mask (B, S) with the features of prompts without pads."""
+        return None
+
     # -- what trains
 
     @classmethod

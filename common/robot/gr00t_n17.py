@@ -308,6 +308,9 @@ class GR00TN17(Network):
     embed, lm_head, tied, unused, dtype_key = EMBED, LM_HEAD, True, 1.0, "dtype"
     not_decayed = ("bias", "layernorm", "rmsnorm", ".norm.", "_norm.")
 
+    def kinds_of(self, ids: Tensor) -> Tensor:
+        return 1 + (ids == self.config.image_token_id).long()
+
     def set_trainable(self, *flags: bool, tune_vlln=True, tune_top_llm_layers: int = 0, **named: bool) -> None:
         """tune_vlln: the norm and the self-attention over the VL features. tune_top_llm_layers: so many of the kept
         text layers, from the last one back, even where `tune_llm` is off."""

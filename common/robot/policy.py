@@ -29,8 +29,9 @@ from common.parallel import gathered
 from common.robot import processor_n17
 from common.robot.data_configs import ChunkConfig, DataConfig, find_data_config
 from common.robot.files import find_folder
-from common.robot.gr00t import ELSE, FILES, HINT
+from common.robot.gr00t import ELSE, FILES, HINT, Network
 from common.robot.gr00t_n15 import EMBODIMENTS, GR00T
+from common.robot.gr00t_n17 import GR00TN17
 from common.robot.interface import Interface, model_tokenizer  # noqa: F401
 from common.robot.lerobot import STATISTICS
 from common.robot.lora import LoRALinear, adapter_tensors, add_lora, merged
@@ -40,6 +41,7 @@ from common.streams import stream
 
 OPEN = ConfigDict(extra="allow")  # another program may write more
 Version = Literal["n15", "n17"]  # of GR00T
+NETWORKS: dict[Version, type[Network]] = {"n15": GR00T, "n17": GR00TN17}
 
 
 @dataclass
@@ -148,6 +150,10 @@ class Stored:
 
     def __post_init__(self):
         self.rows = self.rows or {"n15": EMBODIMENTS, "n17": processor_n17.EMBODIMENTS}[self.version]
+
+    @property
+    def network(self) -> type[Network]:
+        return NETWORKS[self.version]
 
     def row(self, tag: str) -> int:
         """The row of an embodiment's layers."""
@@ -284,10 +290,10 @@ def read_stored(path: str) -> Stored:
     return Stored(**said, **found, metadata=units, sees=not config.get("instruction_vocab"), version="n17")
 
 
-def trained_parts(model: GR00T, args: GR00TArgs) -> dict[str, LoRALinear]:
+def trained_parts(model: Network, args: GR00TArgs) -> dict[str, LoRALinear]:
     """Freezes what the flags leave frozen, adds the adapters they ask for and returns those."""
     c, sizes = model.config, (HORIZON, STATE_DIM, ACTION_DIM)
-    if (c.action_horizon, c.state_dim, c.action_dim) != sizes:
+    if c.version == "n15" and (c.action_horizon, c.state_dim, c.action_dim) != sizes:
         fail(
             f"'{args.model_path}' has a horizon of {c.action_horizon}, {c.state_dim} state and {c.action_dim} action "
             f"dims; this code trains {HORIZON}, {STATE_DIM}, {ACTION_DIM}"
@@ -303,7 +309,7 @@ def trained_parts(model: GR00T, args: GR00TArgs) -> dict[str, LoRALinear]:
 
 
 def save_policy(
-    folder: Path | None, model: GR00T, adapters: dict[str, LoRALinear], metadata: dict, about: About | None = None
+    folder: Path | None, model: Network, adapters: dict[str, LoRALinear], metadata: dict, about: About | None = None
 ) -> None:
     """Writes the published layout, adapters merged. Every process calls it, those that do not write with None."""
     with merged(model, adapters):
@@ -330,7 +336,7 @@ def save_policy(
 
 
 @torch.no_grad()
-def euler(model: GR00T, batch: dict[str, torch.Tensor], noise: torch.Tensor, num_steps: int) -> torch.Tensor:
+def euler(model: Network, batch: dict[str, torch.Tensor], noise: torch.Tensor, num_steps: int) -> torch.Tensor:
     """Noise (B, H, 32) -> actions (B, H, 32) in model units: `sample_actions` of gr00t_finetune.py, to the last bit."""
     features, mask = model.vl_features(batch)
     x = noise.float()
@@ -345,7 +351,12 @@ class Policy:
     """A trained GR00T that acts: raw observations in, chunks of raw actions out."""
 
     def __init__(
-        self, model: GR00T, interface: Interface, sampler: Callable = euler, denoising_steps: int = 4, amp: bool = False
+        self,
+        model: Network,
+        interface: Interface,
+        sampler: Callable = euler,
+        denoising_steps: int = 4,
+        amp: bool = False,
     ):
         """interface: prepared. sampler(model, batch, noise, num_steps) -> actions (B, H, 32). amp: in bfloat16."""
         if not isinstance(denoising_steps, int) or not 1 <= denoising_steps <= 100:
@@ -369,9 +380,9 @@ class Policy:
             stored.row(embodiment_tag)  # or why not
         interface = stored.interface(stored.acts(data_config, embodiment_tag, tokenizer))
         # what is wrong with the files is found before they are loaded
-        interface.fit(GR00T.plan(stored.folder)[0].config)
+        interface.fit(stored.network.plan(stored.folder)[0].config)
         amp = device != "cpu" and torch.cuda.is_available()
-        model = GR00T.from_pretrained(
+        model = stored.network.from_pretrained(
             stored.folder, device="cuda" if amp else "cpu", backbone_dtype=torch.bfloat16 if amp else torch.float32
         )
         return cls(model, interface, denoising_steps=denoising_steps, amp=amp)

@@ -13,8 +13,8 @@ import torch
 
 from common.parallel import World
 from common.robot.demonstrations import Demonstrations, Split
-from common.robot.gr00t_n15 import GR00T
-from common.robot.transforms import ACTION_DIM, STATE_DIM
+from common.robot.gr00t import Network
+from common.robot.transforms import STATE_DIM
 from common.run import Run
 
 TIME_BINS = 4
@@ -23,9 +23,9 @@ TIME_BINS = 4
 class Tally:
     """Sums of squared errors since the last line of metrics: in all, by time of the flow, by action dim."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, dims: int):
         self.bins = torch.zeros(2, TIME_BINS, device=device)  # sum, count
-        self.dims = torch.zeros(2, ACTION_DIM, device=device)
+        self.dims = torch.zeros(2, dims, device=device)
 
     @torch.no_grad()
     def add(self, error: torch.Tensor, mask: torch.Tensor, t: torch.Tensor) -> None:
@@ -60,7 +60,7 @@ class Tally:
         return found
 
 
-def describe(model: GR00T, data: Demonstrations, held: Split, args, run: Run) -> str:
+def describe(model: Network, data: Demonstrations, held: Split, args, run: Run) -> str:
     """The arithmetic of a run, before it begins."""
     micro_batches, whole = run.world.size * args.gradient_accumulation_steps, args.max_steps * args.batch_size
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
