@@ -7,13 +7,11 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-import test_mixed_run
 
 import grpo_mixed
 from common.language import gym
 from grpo_mixed import Args, Level, Problem, draw_held_out, draw_mixture, is_correct, levels_of, parse_answer, split_of
 
-run = test_mixed_run.run  # a fixture
 TASKS = ("arithmetic", "rg:doubling")
 
 
@@ -56,7 +54,7 @@ def test_a_task_of_the_library_is_drawn_split_and_judged_by_its_verifier(library
     assert len(held_out) == 20 and not {p.prompt for p in held_out} & {p.prompt for p in mine}
     p, answer = mine[0], int(mine[0].answer)
     assert p.prompt.startswith("Twice ") and p.prompt.endswith("?\nAnswer: ")
-    assert is_correct(f" {answer}\nTwice 3?", p) and is_correct(f"so <answer>{answer}</answer>", p)
+    assert is_correct(f" {answer}.\nTwice 3?", p) and is_correct(f"so <answer>{answer}</answer>", p)
     assert not is_correct("", p) and not is_correct("none", p), "a verifier that trips has found nothing"
     score = grpo_mixed.REWARDS["score"]
     assert [score(text, p) for text in (f"{answer}", f"{answer + 10}", f"{answer + 1}", "none", "")] == [
@@ -70,9 +68,15 @@ def test_a_task_of_the_library_is_drawn_split_and_judged_by_its_verifier(library
     assert score("2", plain) == 0 and is_correct("2", plain) and parse_answer("2 or 3", plain) == "2"
 
 
-def test_a_mixture_with_it_trains_and_is_measured(library, run):  # noqa: F811
-    code, folder = run(tasks=TASKS, rewards=("binary", "score"), task_eval_problems=6)
-    assert code == 0
+def test_a_mixture_with_it_trains_and_is_measured(library, tmp_path, micro_model_folder):
+    args = Args(
+        model_name=micro_model_folder, output_dir=str(tmp_path), tasks=TASKS, rewards=("binary", "score"), batch_size=24,
+        num_generations=4, n_samples=12, epochs=1, max_completion_length=5, eval_samples=4, task_eval_problems=6,
+    )  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        grpo_mixed.main(args)
+    assert stop.value.code == 0
+    (folder,) = (tmp_path / "grpo_mixed").iterdir()
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["eval_rg:doubling_accuracy_n"] == 6 and "train/rg:doubling/reward" in last
     rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]

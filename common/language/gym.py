@@ -11,8 +11,8 @@ PREFIX = "rg:"
 
 
 def answer_of(completion: str) -> str:
-    """What goes to the verifier: the answer that the completion marks, else its first line."""
-    return marked(completion) or completion.strip().partition("\n")[0].strip()
+    """What goes to the verifier: the answer that the completion marks, else its first line without a full stop."""
+    return marked(completion) or completion.strip().partition("\n")[0].strip().removesuffix(".")
 
 
 def score(completion: str, problem) -> float:
