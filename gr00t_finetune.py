@@ -54,7 +54,7 @@ from common.robot.gr00t_n17 import GR00TN17Config
 from common.robot.lerobot import Episodes, find_folder, read_info, read_modality
 from common.robot.lora import LoRALinear, load_adapters
 from common.robot.policy import GR00TArgs, Policy, Stored, read_stored, save_policy, trained_parts
-from common.robot.report import Tally, describe, draw_open_loop, in_words, open_loop_tables
+from common.robot.report import Tally, describe, draw_open_loop, in_words, open_loop_tables, student
 from common.robot.transforms import to_device
 from common.robot.video import no_renderer
 from common.run import FREE, Run, RunArgs
@@ -644,12 +644,12 @@ def episode_errors(result: dict) -> dict[str, float]:
 
 
 def open_loop_metrics(errors: list[dict], prefix: str) -> dict[str, float]:
-    """Means over episodes, with a 95 % interval of the error."""
+    """Means over episodes, with a 95 % interval of the error (Student's t: the episodes are few)."""
     if not errors:
         return {}
     metrics = {f"{prefix}/{name}": float(np.mean([e[name] for e in errors])) for name in errors[0]}
     mse = np.array([e["mse"] for e in errors])
-    half = 1.96 * mse.std(ddof=1) / math.sqrt(len(mse)) if len(mse) > 1 else math.nan
+    half = student(len(mse) - 1) * mse.std(ddof=1) / math.sqrt(len(mse)) if len(mse) > 1 else math.nan
     interval = {f"{prefix}/mse_low": float(mse.mean() - half), f"{prefix}/mse_high": float(mse.mean() + half)}
     return metrics | interval | {f"{prefix}/num_trajectories": len(errors)}
 

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,10 @@ CURVE = [
     "frac_reward_zero_std",
     "completions/mean_length",
     "refilled_completions",
+    "sampling_logp_difference/mean",
+    "clip_ratio/region_mean",
+    "comparison/accuracy",
+    "comparison/share",
 ]  # of every step
 TASK_METRIC = r"eval_(arithmetic|words|letters|comparison|binary|word_problems)_(accuracy|accuracy_n|greedy)"
 # two-sided 95 % quantiles of Student's t, by degrees of freedom
@@ -96,6 +100,21 @@ def mixture(name, tasks=("arithmetic", "words", "comparison"), proportions=(2, 1
     flags |= {"tasks": tasks, "proportions": proportions, "task_eval_problems": 100}
     return Setting(name, flags, script="grpo_mixed.py")
 
+
+def page_edits() -> list[tuple[str, tuple[tuple[str, str], ...]]]:
+    """(name, edits) of the diffs on docs/grpo_mixed.md: the lines taken out and the lines put in."""
+    section = (ROOT / "docs" / "grpo_mixed.md").read_text().split("## 7.")[1].split("## 8.")[0]
+    found = re.findall(r"^\*\*(\d+)\. .*?```diff\n(.*?)```", section, re.M | re.S)
+    text = {sign: [re.findall(rf"^\{sign}(?!\{sign})(.*)", block, re.M) for _, block in found] for sign in "-+"}
+    pairs = zip(found, text["-"], text["+"])
+    return [(f"ablation {number}", (("\n".join(out), "\n".join(put)),)) for (number, _), out, put in pairs]
+
+
+PAGE = {"epochs": 30, "eval_every": 0}  # of the page's ablations: short
+PAGE_FLAGS = {
+    5: {"sampling": "adaptive"},
+    7: {"importance": "sequence", "num_iterations": 2},
+}  # what their text asks for
 
 # grid -> what it asks, the setting the others are compared with (first), the settings
 GRIDS: dict[str, tuple[str, list[Setting]]] = {
@@ -226,6 +245,17 @@ GRIDS: dict[str, tuple[str, list[Setting]]] = {
             mixture("adaptive", sampling="adaptive"),
             mixture("refill 2", refill=2),
             mixture("tasks one by one", curriculum="tasks"),
+        ],
+    ),
+    "page": (
+        "The ten ablations of docs/grpo_mixed.md, 30 steps; 5 and 7 are compared with their own flags unedited",
+        [
+            mixture("unedited", **PAGE),
+            *(mixture(f"unedited, flags of {n}", **PAGE, **flags) for n, flags in PAGE_FLAGS.items()),
+            *(
+                replace(mixture(name, **PAGE, **PAGE_FLAGS.get(i, {})), edits=edits)
+                for i, (name, edits) in enumerate(page_edits(), 1)
+            ),
         ],
     ),
 }  # fmt: skip
@@ -376,6 +406,8 @@ def evaluations_of(metrics: list[dict], answers: list[dict], validation: set[str
             entry[f"{name}_n"] = len(mine)
             entry[f"{name}_greedy_k"] = sum(extract_answer(a["greedy"]) == a["expected"] for a in mine)
         tasks = {k: short(v) for k, v in row.items() if re.fullmatch(TASK_METRIC, k)}
+        yes = [a["accuracy"] for a in answers if a["step"] == row["step"] and a["expected"] == "yes"]
+        tasks |= {"comparison_yes": short(float(np.mean(yes)))} if yes else {}
         found.append(entry | tasks)
     return found
 
@@ -467,7 +499,7 @@ def accuracy(row: dict, name: str, at: int = -1) -> float:
     return evaluation[f"{name}_k"] / evaluation[f"{name}_n"]
 
 
-def table(grid: str, found: dict[str, list[dict]]) -> str:
+def table(grid: str, found: dict[str, list[dict]], survivors: set[tuple[str, str]]) -> str:
     """Markdown: means over seeds with their 95 % intervals, and the difference to the first setting, seed by seed."""
     question, settings = GRIDS[grid]
     base = {row["seed"]: row for row in found.get(settings[0].name, [])}
@@ -483,6 +515,7 @@ def table(grid: str, found: dict[str, list[dict]]) -> str:
             lines.append(f"| {setting.name} | 0 | not run | | | | | |")
             continue
         pairs = [accuracy(r, "validation") - accuracy(base[r["seed"]], "validation") for r in rows if r["seed"] in base]
+        mark = "**" if (grid, setting.name) in survivors else ""
         greedy = [r["evaluations"][-1]["validation_greedy_k"] / r["evaluations"][-1]["validation_n"] for r in rows]
         first, last = (
             np.mean([np.mean(r["curve"]["reward"][part]) for r in rows]) for part in (slice(10), slice(-10, None))
@@ -491,7 +524,7 @@ def table(grid: str, found: dict[str, list[dict]]) -> str:
             setting.name,
             str(len(rows)),
             spread([accuracy(r, "validation") for r in rows]),
-            "" if setting is settings[0] or not pairs else spread(pairs, signed=True),
+            "" if setting is settings[0] or not pairs else f"{mark}{spread(pairs, signed=True)}{mark}",
             f"{np.mean(greedy):.3f}",
             spread([accuracy(r, "eval") for r in rows]),
             f"{np.mean([np.mean(r['curve']['accuracy'][-10:]) for r in rows]):.3f}",
@@ -525,36 +558,51 @@ def task_table(grid: str, found: dict[str, list[dict]]) -> str:
     return "\n".join(["", *lines]) + "\n"
 
 
+def styles(names: list[str]) -> dict[str, dict]:
+    """A colour for every setting; of many two-word names (grpo 0.1, dr_grpo 0.1) the first word picks the line."""
+    if len(names) <= 7 or any(name.count(" ") != 1 for name in names):
+        return {name: {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"} for i, name in enumerate(names)}
+    first, second = ([*dict.fromkeys(name.split()[k] for name in names)] for k in (0, 1))
+    of = {name: (first.index(name.split()[0]), second.index(name.split()[1])) for name in names}
+    return {name: {"color": f"C{j}", "linestyle": ("-", "--", ":")[i % 3]} for name, (i, j) in of.items()}
+
+
 def draw(grid: str, found: dict[str, list[dict]], out: Path) -> None:
-    """Reward, validation and evaluation accuracy against the step: thin lines are seeds, thick ones their mean."""
+    """Reward and validation accuracy against the step, mean of the seeds, and where every seed ended."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 3, figsize=(13.8, 3.9))
-    colors = plt.get_cmap("tab10").colors
-    for i, (name, rows) in enumerate(found.items()):
-        if not rows:
-            continue
-        panels = [[(r["curve"]["step"], smooth(r["curve"]["reward"])) for r in rows]]
-        for kind in ("validation", "eval"):
-            steps = [[e["step"] for e in r["evaluations"]] for r in rows]
-            panels.append([(xs, [accuracy(r, kind, j) for j in range(len(xs))]) for xs, r in zip(steps, rows)])
-        for ax, curves in zip(axes, panels):
-            style = {"color": colors[i % 10], "linestyle": "-" if i < 10 else "--"}
-            for xs, ys in curves:
-                ax.plot(xs, ys, **style, linewidth=0.8, alpha=0.35)
+    found = {name: rows for name, rows in found.items() if rows}
+    style = styles(list(found))
+    fig, axes = plt.subplots(1, 3, figsize=(15, max(3.9, 0.32 * len(found) + 1.4)))
+    for row, (name, rows) in enumerate(found.items()):
+        n = len(rows)
+        reward = [(r["curve"]["step"], smooth(r["curve"]["reward"])) for r in rows]
+        steps = [[e["step"] for e in r["evaluations"]] for r in rows]
+        validation = [(xs, [accuracy(r, "validation", j) for j in range(len(xs))]) for xs, r in zip(steps, rows)]
+        for ax, curves in zip(axes, (reward, validation)):
             shortest = min(len(xs) for xs, _ in curves)
             mean = np.mean([ys[:shortest] for _, ys in curves], axis=0)
-            ax.plot(curves[0][0][:shortest], mean, **style, linewidth=2, label=f"{name} ({len(rows)})")
-    for ax, title in zip(axes, ("train reward, mean of 5 steps", "validation accuracy", "arithmetic_eval")):
-        ax.set_title(title, fontsize=10)
-        ax.set_xlabel("step", fontsize=9)
+            ax.plot(curves[0][0][:shortest], mean, **style[name], linewidth=1.8)
+        ends = [ys[-1] for _, ys in validation]
+        color = style[name]["color"]
+        axes[2].plot(ends, [row] * n, "o", color=color, markersize=4, alpha=0.5)
+        axes[2].errorbar([np.mean(ends)], [row], xerr=np.nan_to_num([interval(ends)]), color=color, fmt="|", capsize=3)
+        axes[2].plot([], [], **style[name], linewidth=1.8, label=f"{name} ({n})")
+    for ax, label in zip(axes, ("train reward, mean of 5 steps", "validation accuracy", "setting")):
+        ax.set_xlabel("training step", fontsize=9)
+        ax.set_ylabel(label, fontsize=9)
         ax.grid(alpha=0.3)
-    axes[2].legend(fontsize=7, title="setting (seeds)", title_fontsize=7)
-    fig.text(0.5, 0.005, textwrap.fill(f"{grid}: {GRIDS[grid][0]}", 200), ha="center", fontsize=7, color="0.35")
-    fig.tight_layout(rect=(0, 0.05, 1, 1))
+    axes[2].set_xlabel("validation accuracy at the end", fontsize=9)
+    axes[2].set_yticks(range(len(found)), list(found), fontsize=8)
+    axes[2].invert_yaxis()
+    axes[2].legend(fontsize=7, title="setting (seeds)", title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    key = "curves: mean of the seeds; points: seeds, bar: 95 % interval of their mean (Student's t)"
+    text = textwrap.fill(f"{grid}: {GRIDS[grid][0]} | {key}", 200)
+    fig.text(0.5, 0.005, text, ha="center", fontsize=7, color="0.35")
+    fig.tight_layout(rect=(0, 0.06, 1, 1))
     fig.savefig(out, dpi=100)
     plt.close(fig)
 
@@ -567,8 +615,10 @@ Every line of the JSONL files beside this page is one run: command, commit, seed
 n: number of seeds. Accuracies are means over seeds of the sampled accuracy (T 0.7, 4 samples a problem) after the last
 step, ± half the 95 % interval over seeds (Student's t): they say how far another seed might be. Another set of problems
 adds its own error, ± 0.07 at 170 problems, which the seed-by-seed difference to the first setting does not have: all
-runs answer the same problems with the same noise. A difference whose interval holds 0 is no evidence. Train accuracy:
-mean of the last 10 steps; reward: mean of the first 10 steps → of the last 10.
+runs answer the same problems with the same noise. A difference whose interval holds 0 is no evidence, and of {tests}
+comparisons two or three intervals leave 0 out by chance: **bold** are the {survivors} that survive Holm's correction over
+all of them. They are not independent: nine grids share the three runs they compare with. Train accuracy: mean of the
+last 10 steps; reward: mean of the first 10 steps → of the last 10.
 
 Validation: {problems} problems that are neither in training nor in `arithmetic_eval`; settings are compared on it.
 Base model: {base}. Unless a setting says otherwise: {steps} steps of 16 prompts × 16 completions, new problems
@@ -595,27 +645,80 @@ def evidence(grid: str, found: dict[str, list[dict]]) -> str:
     return ("; ".join(parts) or "no run yet") + rest
 
 
-def plot(grids: list[str]) -> None:
-    """Writes <grid>.png for every grid with something to compare, README.md with all tables, and the claims' numbers."""
+def found_of(grid: str, rows: dict[str, dict]) -> dict[str, list[dict]]:
+    """Setting -> its runs. A grid whose script has since changed its flags keeps the runs that its file names so."""
+    found = {}
+    own = sorted(read_rows(RESULTS / f"{grid}.jsonl"), key=lambda r: r["seed"])
+    for setting in GRIDS[grid][1]:
+        prefix = key_of(setting, 0)[: -len("0]")]
+        mine = [r for k, r in sorted(rows.items()) if k == f"{prefix}{r['seed']}]"]
+        found[setting.name] = mine or [r for r in own if r["setting"] == setting.name]
+    return found
+
+
+def student_p(t: float, df: int) -> float:
+    """Two-sided p-value of Student's t (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = np.arctan(abs(t) / np.sqrt(df))
+    term, total, first = 1.0, 0.0, 1 if df % 2 else 0
+    for k in range(first, df - 1, 2):
+        term = term * (np.cos(angle) if k == 1 else 1.0) if k <= 1 else term * np.cos(angle) ** 2 * (k - 1) / k
+        total += term
+    return 1 - (2 / np.pi * (angle + np.sin(angle) * total) if df % 2 else np.sin(angle) * total)
+
+
+def comparisons(rows: dict[str, dict]) -> list[tuple[str, str, float]]:
+    """(grid, setting, p) of every difference to a grid's first setting that has two seeds, smallest p first."""
+    out = []
+    for grid in GRIDS.keys() - {"page"}:  # whose effects are told in other numbers than validation accuracy
+        found = found_of(grid, rows)
+        first = next(iter(found))
+        base = {r["seed"]: accuracy(r, "validation") for r in found[first]}
+        for name, mine in found.items():
+            pairs = [accuracy(r, "validation") - base[r["seed"]] for r in mine if r["seed"] in base]
+            if name != first and len(pairs) > 1:
+                t = np.mean(pairs) / (np.std(pairs, ddof=1) / np.sqrt(len(pairs)))
+                out.append((grid, name, student_p(t, len(pairs) - 1)))
+    return sorted(out, key=lambda x: x[2])
+
+
+def holm(tests: list[tuple[str, str, float]], level: float = 0.05) -> set[tuple[str, str]]:
+    """(grid, setting) of those that survive Holm's correction over all of them."""
+    kept = set()
+    for i, (grid, name, p) in enumerate(tests):
+        if p * (len(tests) - i) >= level:
+            break
+        kept.add((grid, name))
+    return kept
+
+
+def pages(grids: list[str]) -> tuple[str, str]:
+    """The text of README.md with all tables, and that of docs/origin_claims.md with its numbers."""
     rows, parts, lines = all_rows(), [], CLAIMS.read_text().splitlines()
+    tests = comparisons(rows)
+    survivors = holm(tests)
     for grid in grids:
-        found = {}
-        for setting in GRIDS[grid][1]:
-            prefix = key_of(setting, 0)[: -len("0]")]
-            found[setting.name] = [r for k, r in sorted(rows.items()) if k == f"{prefix}{r['seed']}]"]
+        found = found_of(grid, rows)
         if sum(map(bool, found.values())) > 1:
-            draw(grid, found, RESULTS / f"{grid}.png")
-            parts.append(table(grid, found) + f"\n![{grid}]({grid}.png)\n")
+            parts.append(table(grid, found, survivors) + f"\n![{grid}]({grid}.png)\n")
         link = f"| [{grid}](results/ablations/README.md): "
         lines = [x.partition(link)[0] + link + evidence(grid, found) + " |" if link in x else x for x in lines]
-    CLAIMS.write_text("\n".join(lines) + "\n")
-    before = next((r["evaluations"][0] for r in rows.values() if not r["sft_epochs"]), None)
-    base = "not measured"
-    if before:
-        k, n = before["validation_k"], before["validation_n"]
-        base = "validation {:.3f} [{:.3f}, {:.3f}]".format(k / n, *wilson(k, n))
-    head = HEAD.format(runs=len(rows), problems=len(draw_validation()), base=base, steps=STEPS)
-    (RESULTS / "README.md").write_text("\n".join([head, *parts]))
+    before = next(r["evaluations"][0] for r in rows.values() if not r["sft_epochs"])
+    k, n = before["validation_k"], before["validation_n"]
+    base = "validation {:.3f} [{:.3f}, {:.3f}]".format(k / n, *wilson(k, n))
+    head = HEAD.format(runs=len(rows), problems=n, base=base, steps=STEPS, tests=len(tests), survivors=len(survivors))
+    return "\n".join([head, *parts]), "\n".join(lines) + "\n"
+
+
+def plot(grids: list[str]) -> None:
+    """Writes <grid>.png for every grid with something to compare, README.md with all tables, and the claims' numbers."""
+    rows = all_rows()
+    for grid in grids:
+        found = found_of(grid, rows)
+        if sum(map(bool, found.values())) > 1:
+            draw(grid, found, RESULTS / f"{grid}.png")
+    readme, claims = pages(grids)
+    (RESULTS / "README.md").write_text(readme)
+    CLAIMS.write_text(claims)
     print(f"{len(rows)} runs -> {RESULTS.relative_to(ROOT)}/README.md")
 
 

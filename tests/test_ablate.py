@@ -74,6 +74,23 @@ def test_a_run_is_the_same_run_in_whatever_grid_it_appears():
     assert ablate.key_of(ablate.GRIDS["beta"][1][0], 3) != first["beta"]
 
 
+def test_the_tables_and_the_claims_are_what_the_curves_say():
+    readme, claims = ablate.pages(list(ablate.GRIDS))
+    assert (ablate.RESULTS / "README.md").read_text() == readme
+    assert ablate.CLAIMS.read_text() == claims
+
+
+def test_no_run_is_kept_twice():
+    keys = [row["key"] for path in ablate.RESULTS.glob("*.jsonl") for row in ablate.read_rows(path)]
+    assert len(keys) == len(set(keys))
+
+
+def test_p_values_are_student_ts_and_holm_stops_at_the_first_that_fails():
+    quantiles = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 10: 2.2281}
+    assert [ablate.student_p(t, df) for df, t in quantiles.items()] == pytest.approx([0.05] * 6, abs=1e-5)
+    assert ablate.holm([("g", "a", 0.01), ("g", "b", 0.03), ("g", "c", 0.04)]) == {("g", "a")}
+
+
 def test_intervals_are_student_ts():
     assert ablate.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 * 1.0 / 3**0.5)
     assert np.isnan(ablate.interval([1.0]))

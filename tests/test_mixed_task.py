@@ -1,6 +1,7 @@
 """The tasks of grpo_mixed.py: parsers, problems, the split, shares, and what a step draws."""
 
 import re
+import subprocess
 from collections import Counter
 from dataclasses import replace
 from decimal import Decimal
@@ -516,11 +517,17 @@ def test_numbers_are_read_by_the_one_function_of_all_tasks():
 
 
 @pytest.mark.parametrize("number", range(10))
-def test_the_ten_ablations_of_the_page_find_their_line(number):
-    """One line out, one line in, in one file that still compiles."""
+def test_the_ten_ablations_of_the_page_apply_as_they_are_printed(number, tmp_path):
+    """`git apply` takes each block; one place of one file changes, and it still compiles."""
     blocks = (ROOT / "docs" / "grpo_mixed.md").read_text().split("```diff\n")[1:]
     assert len(blocks) == 10
-    old, new = blocks[number].split("```")[0].splitlines()
-    script = (ROOT / "grpo_mixed.py").read_text()
-    assert old[0] == "-" and new[0] == "+" and script.count(old[1:] + "\n") == 1
-    compile(script.replace(old[1:], new[1:]), "grpo_mixed.py", "exec")
+    before = (ROOT / "grpo_mixed.py").read_text()
+    (tmp_path / "grpo_mixed.py").write_text(before)
+    done = subprocess.run(
+        ["git", "apply"], input=blocks[number].split("```")[0], text=True, cwd=tmp_path, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    after = (tmp_path / "grpo_mixed.py").read_text()
+    compile(after, "grpo_mixed.py", "exec")
+    changed = [i for i, (x, y) in enumerate(zip(before.splitlines(), after.splitlines())) if x != y]
+    assert len(changed) == 1 and before.count("\n") == after.count("\n")

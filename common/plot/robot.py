@@ -6,13 +6,13 @@ SUCCESS = ["eval/success_rate", "eval/success_once", "charts/success_rate"]
 RETURN = ["eval/episodic_return", "charts/episodic_return"]
 PPO = {
     "learning": [
-        ("success without exploration", "step", SUCCESS),
+        ("success (eval: without exploration)", "step", SUCCESS),
         ("the same against training time", "time/train_s", SUCCESS),
         ("return of an episode", "step", RETURN),
         ("the same against training time", "time/train_s", RETURN),
     ],
     "health": [
-        ("KL of the last minibatch", "step", ["losses/approx_kl"]),
+        ("KL to the old policy, last minibatch", "step", ["losses/approx_kl"]),
         ("share of ratios clipped", "step", ["losses/clipfrac"]),
         ("explained variance of returns", "step", ["losses/explained_variance"]),
         ("ratio error before the first step", "step", ["losses/first_ratio_error"]),
@@ -41,4 +41,21 @@ FIGURES = {
             ("samples / s", "step", ["time/samples_per_s"]),
         ],
     },
+}
+# script -> what a step is
+STEP = dict.fromkeys(("ppo_fetch", "ppo_gr00t"), "environment steps")
+# pattern of a metric -> label of its axis
+UNITS = {
+    ".*success": "share of episodes",
+    ".*episodic_return": "sum of rewards of an episode",
+    "losses/approx_kl": "nats an action",
+    "losses/clipfrac": "share of actions",
+    "losses/explained_variance": "1: all, 0: as a constant",
+    "losses/first_ratio_error": "largest |ratio - 1|",
+    "losses/action_std": "standard deviation, action units",
+    r".*grad_norm": "norm",
+    "losses/optimizer_steps": "steps",
+    "train/loss|val/": "squared error, normalised units",
+    "train/learning_rate": "learning rate",
+    "time/samples_per_s": "samples a second",
 }
