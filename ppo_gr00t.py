@@ -55,6 +55,7 @@ from common.run import FREE, Run
 from common.streams import stream_seed, torch_stream
 
 DIMS = 4  # action dims of Fetch: displacement and gripper
+ACTING = ("denoising_steps", "execute_steps")  # change what a policy does: a checkpoint carries them
 EPISODE = 50  # steps; FetchVec's own time limit would reset within a chunk, so the script ends episodes
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
@@ -830,6 +831,7 @@ def train(run: Run, args: Args, interface: Interface) -> None:
     act, videos = plain_flow(agent, robot, args), Videos(run, args.capture_video)
     state = {"steps": 0, "train_s": 0.0, "streak": 0, "base": {}, "last": {}, "recent": []}
     if args.eval_only:
+        sim.tell_changed(run, args.model_path, args, ACTING)
         run.write(0, measure(run, 0, act, eval_envs, state, args))
         videos.film(0, record_video, act, args)
         run.say("\n".join(f"{name:28s} {value:.4f}" for name, value in state["last"].items()))
@@ -846,7 +848,7 @@ def train(run: Run, args: Args, interface: Interface) -> None:
         save_policy(folder, agent.model, adapters, {args.embodiment_tag: interface.metadata}, interface.about)
         if folder:
             save_file(agent.own_state(), trainer_file(folder, "agent.safetensors"))
-        return sim.save(folder, groups, carry, scaler, world)
+        return {name: getattr(args, name) for name in ACTING} | sim.save(folder, groups, carry, scaler, world)
 
     state = run.resume(state, optimizer)
     if run.checkpoint:

@@ -171,7 +171,8 @@ def test_an_id_or_a_flag_that_does_nothing_is_refused_in_one_line(flags, words, 
     assert code == 2 and folder is None and words in one_line(capsys.readouterr().err)
 
 
-SHORT = dict(total_timesteps=64, num_envs=2, num_steps=16, env_groups=1, eval_episodes=1, eval_every=0, hidden=8)
+SHORT = dict(total_timesteps=64, num_envs=2, num_steps=16, env_groups=1, eval_episodes=1, eval_every=0, hidden=8,
+             num_minibatches=4)  # fmt: skip
 
 
 @pytest.mark.parametrize("where", ["observation", "reward"])
@@ -300,7 +301,7 @@ LEARNT = {
 }  # fmt: skip
 QUICK = dict(
     total_timesteps=3072, num_envs=16, num_steps=16, env_groups=1, eval_episodes=32, eval_every=0, hidden=16,
-    learning_rate=1e-2, update_epochs=6, target_kl=0.1,
+    learning_rate=1e-2, update_epochs=6, target_kl=0.1, num_minibatches=4,
 )  # fmt: skip
 
 

@@ -173,7 +173,7 @@ def test_a_model_with_a_camera_looks_at_rendered_frames_and_learns_from_the_cach
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_logs_what_the_page_documents_and_leaves_a_policy_that_loads(run, policies):
+def test_a_run_logs_what_the_page_documents_and_leaves_a_policy_that_loads(run, policies, capsys, tmp_path):
     code, folder = run(save_every=1)
     assert code == 0
     logged = {name for row in rows(folder) for name in row} - {"step"}
@@ -190,6 +190,9 @@ def test_a_run_logs_what_the_page_documents_and_leaves_a_policy_that_loads(run, 
     assert torch.equal(model.backbone.instruction_table.weight, start.backbone.instruction_table.weight)
     assert read_stored(str(folder / "last")).about == read_stored(str(policies["lite"])).about
     code, again = run(model_path=str(folder), eval_only=True, eval_episodes=2)  # a run folder is a policy, too
+    assert "was trained with" not in capsys.readouterr().out
+    run(model_path=str(folder), eval_only=True, eval_episodes=2, denoising_steps=2, output_dir=tmp_path / "other")
+    assert "with --denoising-steps 2; this policy was trained with 4" in capsys.readouterr().out
     best = max(rows(folder), key=lambda r: (r.get("eval/success_rate", -1), r.get("eval/episodic_return", -99)))
     if best["step"]:
         assert rows(again)[0]["eval/episodic_return"] == pytest.approx(best["eval/episodic_return"], abs=1e-6)

@@ -26,6 +26,7 @@ from safetensors.torch import load_file as load_tensors
 from common import stop
 from common.checkpoint import read_state, replace_file, trainer_file
 from common.cli import Count, Natural, Share, Threads, fail, flag
+from common.files import Object, read_json
 from common.log import lines_until
 from common.parallel import World, cores
 from common.robot import fetch, spaces
@@ -95,6 +96,14 @@ def check_policy(folder: Path, script: str, args, defaults, names: tuple[str, ..
         if not same:
             add = {True: flag(name), False: flag(f"no_{name}")}.get(old, f"{flag(name)} {old}")
             fail(f"checkpoint '{folder}' was trained with {name} {old}, not {new}; add {add}")
+
+
+def tell_changed(run: Run, folder: str, args, names: tuple[str, ...]) -> None:
+    """Says which of the settings that this script trained a checkpoint with are others now."""
+    saved = read_json(Path(folder) / "trainer.json", Object, optional=True) or {}
+    for name in names if saved.get("script") == run.name else ():
+        if saved.get(name, now := getattr(args, name)) != now:
+            run.say(f"measured with {flag(name)} {now}; this policy was trained with {saved[name]}")
 
 
 def check_groups(args, defaults, steps: int, world: World) -> None:
