@@ -265,7 +265,7 @@ def test_completions_can_be_searched_filtered_and_ordered(page, window):
 def test_curves_can_be_hovered_and_zoomed(page, window):
     window.open(page)
     titles = window.do("[...document.querySelectorAll('#curves h3')].map(h => h.textContent)")
-    kl = titles.index("KL to the reference (nats / token)")
+    kl = titles.index("KL to the reference, log scale")
     window.do(f"charts[{kl}].root.scrollIntoView()")
     box = window.do(f"(b => [b.left, b.top, b.width, b.height])(charts[{kl}].over.getBoundingClientRect())")
 

@@ -19,7 +19,7 @@ import numpy as np
 from common.checkpoint import replace_file
 from common.cli import fail
 from common.log import lines_until
-from common.plot import ROOMS
+from common.plot import ROOMS, expand
 from common.report.health import judge
 
 POINTS = 1_000  # of a curve; of a longer one the extremes of equal stretches
@@ -203,7 +203,7 @@ def panels(runs: list[Shown]) -> list[dict]:
     found, logged = [], {name for run in runs for name in run.series}
     for script in dict.fromkeys(run.script for run in runs if run.script):
         for figure in importlib.import_module(ROOMS[script]).FIGURES[script].values():
-            own = [{"title": t, "x": x, "metrics": [m for m in metrics if m in logged]} for t, x, metrics in figure]
+            own = [{"title": t, "x": x, "metrics": expand(metrics, logged)} for t, x, metrics in figure]
             found += [panel for panel in own if panel["metrics"] and panel not in found]
     return found
 
