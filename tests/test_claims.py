@@ -154,6 +154,17 @@ def ppo_fetch():
     return out
 
 
+def advantages():
+    out = []
+    for name in ("gae", "group"):
+        runs = seeds(f"ppo_fetch/reach_{name}")
+        success = [each(at(run, "eval/success_rate", step) for run in runs) for step in (8_000, 16_000, 24_000)]
+        returns = each(last(run, "eval/episodic_return") for run in runs)
+        distance = each((100 * last(run, "eval/final_distance") for run in runs), 1)
+        out.append(line(f"`{name}`", "1, 2, 3", *success, returns, distance))
+    return out
+
+
 def peers():
     names = {
         "ours": "ppo_fetch.py, default",
@@ -300,6 +311,7 @@ TABLES = [
     ("docs/grpo_arithmetic.md", "| | before | after 20 steps |", smollm2),
     ("docs/grpo_mixed.md", "| | base model | seed 42 |", grpo_mixed),
     ("docs/ppo_fetch.md", "| task, reward |", ppo_fetch),
+    ("docs/ppo_fetch.md", "| `--advantage` |", advantages),
     ("docs/ppo_fetch.md", "| contender |", peers),
     ("docs/ppo_fetch.md", "| env steps/s |", simulator),
     ("docs/ppo_gr00t.md", "| task | seeds |", ppo_gr00t),
