@@ -41,6 +41,7 @@ EVERYWHERE = """
 --no-such-flag: 3
 word:
 --track=maybe:
+--tracker: foo | '' | Wandb
 --wandb-mode: foo
 --keep: 0
 --save-every: -1

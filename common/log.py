@@ -1,4 +1,4 @@
-"""Where numbers and samples go: metrics.jsonl and <table>.jsonl in the run folder and, if asked, wandb.
+"""Where numbers and samples go: metrics.jsonl and <table>.jsonl in the run folder and, if asked, a tracker.
 
 Metrics travel as one dict, `logger.log(step, {...})`, so adding a metric is one line in the script.
 """
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from common.checkpoint import replace_file, sync
 from common.cli import fail
+from common.track import TRACKERS
 
 
 def plain(value):
@@ -47,28 +48,12 @@ class Logger:
     With `enabled=False` (all processes but the first) every method does nothing.
     """
 
-    def __init__(self, run_dir: Path, config: dict, *, track=False, wandb_mode="offline", tags=(), enabled=True):
-        self.run_dir, self.enabled, self.wandb = run_dir, enabled, None
+    def __init__(self, run_dir: Path, config: dict, tracker: str = "none", enabled: bool = True):
+        """config: the run's flags. tracker: a name of common/track."""
+        self.run_dir, self.enabled = run_dir, enabled
         self.start = time.time()
         self.bar = None
-        if enabled and track:
-            import wandb
-
-            # keeps wandb's own files inside the run folder, those that wait for an upload too
-            os.environ.setdefault("WANDB_DATA_DIR", str(run_dir / "wandb"))
-            self.wandb = wandb.init(
-                project=os.environ.get("WANDB_PROJECT") or "groundup",
-                name=run_dir.name,
-                dir=str(run_dir),
-                config=config,
-                tags=list(tags) or None,
-                mode=wandb_mode,
-                id=run_dir.name,  # a resumed run goes on where it was
-                resume="allow",
-            )
-            # the step is a metric of its own: mixing explicit and implicit wandb steps drops rows
-            self.wandb.define_metric("global_step")
-            self.wandb.define_metric("*", step_metric="global_step")
+        self.tracker = TRACKERS[tracker](run_dir, config) if enabled and tracker != "none" else None
 
     def truncate(self, step: int, elapsed: float) -> None:
         """Continues a run from `step`: later lines are dropped, the clock goes on from `elapsed` seconds."""
@@ -108,33 +93,24 @@ class Logger:
         row = {k: plain(v) for k, v in metrics.items()} | {"time/elapsed_s": round(self.elapsed, 3)}
         with open(self.run_dir / "metrics.jsonl", "a") as f:
             f.write(json.dumps({"step": step} | row) + "\n")
-        if self.wandb is not None:
-            self.wandb.log({k: v for k, v in row.items() if v is not None} | {"global_step": step})
+        if self.tracker is not None:
+            self.tracker.log(step, {k: v for k, v in row.items() if v is not None})
 
     def table(self, name: str, step: int, rows: list[dict], upload: bool = True) -> None:
-        """Appends rows to <name>.jsonl; with `upload` also sends these rows as a wandb table of that name."""
+        """Appends rows to <name>.jsonl; with `upload` the tracker gets them too."""
         if not self.enabled or not rows:
             return
         rows = [{"step": step} | {k: plain(v) for k, v in row.items()} for row in rows]
         with open(self.run_dir / f"{name}.jsonl", "a") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)  # ASCII: no line separator of Unicode gets in
-        if self.wandb is not None and upload:
-            import wandb
-
-            def cell(value):  # a path to a video becomes the video
-                is_video = isinstance(value, str) and value.endswith(".mp4")
-                return wandb.Video(value, format="mp4") if is_video else value
-
-            columns = list(rows[0])
-            # a wandb table is frozen once logged: a fresh object each time, under one stable name
-            table = wandb.Table(columns=columns, data=[[cell(row.get(c)) for c in columns] for row in rows])
-            self.wandb.log({name: table, "global_step": step})
+        if self.tracker is not None and upload:
+            self.tracker.table(name, step, rows)
 
     def finish(self, exit_code: int = 0) -> None:
-        """Closes the progress bar and the wandb run; safe to call twice."""
+        """Closes the progress bar and the tracker; safe to call twice."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=exit_code)
-            self.wandb = None
+        if self.tracker is not None:
+            self.tracker.finish(exit_code)
+            self.tracker = None

@@ -35,6 +35,7 @@ from common.cli import Count, Name, Natural, Seed, Text, fail, flag, schema_of
 from common.files import read_json
 from common.log import Logger, lines_until
 from common.parallel import cores, join_world
+from common.track import chosen
 
 PACKAGES = ["torch", "transformers", "datasets", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "wandb"]
 
@@ -46,10 +47,12 @@ class RunArgs:
     # run
     exp_name: Name | None = None  # name of the run; default: by script and task
     seed: Seed = 42  # seed of every random stream of the run
-    tags: tuple[str, ...] = ()  # wandb tags
+    tags: tuple[str, ...] = ()  # of the run, for a tracker
     output_dir: Text = "runs"  # parent of the run folder
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
-    track: bool = False  # also log to Weights & Biases
+    tracker: Literal["none", "wandb", "trackio", "tensorboard"] = "none"  # where numbers, tables and videos also go
+    track: bool = False  # the same as --tracker wandb
+    track_checkpoints: bool = False  # every checkpoint becomes an artifact of Weights & Biases
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account
     resume: Text | None = None
     """run folder (or one of its checkpoints) to continue, bit-exactly on a CPU, with its own settings"""
@@ -58,7 +61,14 @@ class RunArgs:
     keep: Count = 2  # newest checkpoints to keep, besides the best
 
 
-FREE = {"resume", "device", "track", "wandb_mode"}  # flags that may differ from those of the run that is resumed
+FREE = {
+    "resume",
+    "device",
+    "tracker",
+    "track",
+    "track_checkpoints",
+    "wandb_mode",
+}  # flags that may differ from those of the run that is resumed
 
 
 class Run:
@@ -67,6 +77,7 @@ class Run:
     def __init__(self, script: str, args, free: set[str] = FREE):
         """script: its __file__. free: flags that --resume may change."""
         stop.listen()
+        chosen(args)  # a tracker that is installed
         self.script, self.args, self.checkpoint = Path(script), args, None
         self.name = self.script.stem
         if args.resume:
@@ -102,9 +113,7 @@ class Run:
             self.folder = Path(world.gather(made)[0])
             self.configure(args)
         self.lock = locked(self.folder) if world.main else None
-        self.log = Logger(
-            self.folder, asdict(args), track=args.track, wandb_mode=args.wandb_mode, tags=args.tags, enabled=world.main
-        )
+        self.log = Logger(self.folder, asdict(args), chosen(args), enabled=world.main)
         self.say = self.log.say
         stop.opened = True
         try:
@@ -227,6 +236,8 @@ class Run:
             own = {"script": self.name, "step": step, "best": self.best, "elapsed": self.log.elapsed}
             save_state(folder, optimizer, state | extra | own | {"ended": self.ending or step == self.total})
         self.settle(step)
+        if self.args.track_checkpoints and self.log.tracker:
+            self.log.tracker.checkpoint(self.at(step))
 
     def at(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"step-{step * self.unit:09d}"

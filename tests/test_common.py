@@ -212,5 +212,5 @@ def test_a_resumed_run_continues_its_wandb_run(tmp_path, monkeypatch):
     fake = types.SimpleNamespace(init=lambda **settings: given.append(settings) or Tracker())
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for _ in range(2):
-        Logger(tmp_path / "reach-1-20260101", {}, track=True).finish()
+        Logger(tmp_path / "reach-1-20260101", {}, "wandb").finish()
     assert [(one["id"], one["resume"]) for one in given] == [("reach-1-20260101", "allow")] * 2
