@@ -17,7 +17,7 @@ LINES = {
     "ppo_gr00t.py": 950,
 }
 FLAT_COMMON = 1_100
-ALL_CODE = 14_000  # 9,124 when the scripts were shortened (8,500 was the aim); what came since: docs/JOURNAL.md
+ALL_CODE = 14_350  # 9,124 when the scripts were shortened (8,500 was the aim); what came since: docs/JOURNAL.md
 FUNCTION, LOOP, FLAGS = 110, 80, 45
 SIBLINGS = {("grpo_arithmetic.py", "grpo_mixed.py"): 400, ("ppo_fetch.py", "ppo_gr00t.py"): 900}
 
