@@ -1,6 +1,7 @@
 """Pages that do not lie: commands parse, links lead somewhere, the metrics table is what a run logs."""
 
 import dataclasses
+import json
 import re
 import shlex
 import sys
@@ -48,6 +49,14 @@ def test_documented_commands_name_files_and_flags_that_exist(page, words, monkey
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_dev_container_is_a_stage_of_the_dockerfile():
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    stages = re.findall(r"^FROM \S+ AS (\w+)", (ROOT / "Dockerfile").read_text(), re.M)
+    assert container["build"]["target"] in stages and stages == ["base", "cpu", "cuda"]
+    extras = re.findall(r"--(?:group|extra) (\w+)", (ROOT / "Dockerfile").read_text())
+    assert all(re.search(rf"^{name} = \[", (ROOT / "pyproject.toml").read_text(), re.M) for name in extras)
 
 
 def test_stated_line_counts_hold():
