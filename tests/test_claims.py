@@ -292,7 +292,7 @@ def closed(run: str, task: str) -> float:
 
 def gr00t_finetune():
     out = []
-    for model in ("tiny", "lite"):
+    for model in ("tiny", "tiny-n17", "lite"):
         for run in seeds(f"gr00t_finetune/{model}", GR00T):
             rates = [closed(run, task) for task in ("FetchReach", "FetchPush", "FetchPickAndPlace")]
             played = ["{:.2f} [{:.2f}, {:.2f}]".format(rate, *wilson(rate * 100, 100)) for rate in rates]
@@ -399,6 +399,8 @@ def fetch_row():
 def finetune_row():
     runs = seeds("gr00t_finetune/tiny", GR00T)
     hold, still = ([last(r, f"eval/mse_{k}") / last(r, "eval/mse") for r in runs] for k in ("hold_last", "mean_action"))
+    newer = seeds("gr00t_finetune/tiny-n17", GR00T)
+    newer = [[last(r, f"eval/mse_{k}") / last(r, "eval/mse") for r in newer] for k in ("hold_last", "mean_action")]
     push, pick = ([100 * closed(run, task) for run in runs] for task in ("FetchPush", "FetchPickAndPlace"))
     assert {closed(run, "FetchReach") for run in runs} == {1.0}
     minutes = span([last(run, "time/elapsed_s") / 60 for run in runs])
@@ -406,7 +408,7 @@ def finetune_row():
         "the losses, gradients and actions of N1.5 and of N1.7 to 1e-5; tiny model, 3 seeds on one busy core each, "
         f"{minutes} minutes: held-out action error {span(hold, '{:.1f}')} times below holding the last action's, "
         f"{span(still, '{:.1f}')} times "
-        f"below the mean action's; acting, it succeeds on Reach 100 %, Push {span(push)} %, PickAndPlace {span(pick)} %; "
+        f"below the mean action's (N1.7: {span(newer[0], '{:.1f}')}, {span(newer[1], '{:.1f}')}); acting, it succeeds on Reach 100 %, Push {span(push)} %, PickAndPlace {span(pick)} %; "
         f"another seed-42 run on 2 free cores took {last('gr00t_finetune/tiny/two_threads', 'time/elapsed_s'):.0f} s"
     )
 
