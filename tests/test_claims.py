@@ -408,7 +408,8 @@ def finetune_row():
         "the losses, gradients and actions of N1.5 and of N1.7 to 1e-5; tiny model, 3 seeds on one busy core each, "
         f"{minutes} minutes: held-out action error {span(hold, '{:.1f}')} times below holding the last action's, "
         f"{span(still, '{:.1f}')} times "
-        f"below the mean action's (N1.7: {span(newer[0], '{:.1f}')}, {span(newer[1], '{:.1f}')}); acting, it succeeds on Reach 100 %, Push {span(push)} %, PickAndPlace {span(pick)} %; "
+        f"below the mean action's (N1.7: {span(newer[0], '{:.1f}')}, {span(newer[1], '{:.1f}')}); "
+        f"acting, it succeeds on Reach 100 %, Push {span(push)} %, PickAndPlace {span(pick)} %; "
         f"another seed-42 run on 2 free cores took {last('gr00t_finetune/tiny/two_threads', 'time/elapsed_s'):.0f} s"
     )
 
