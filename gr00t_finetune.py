@@ -99,8 +99,8 @@ class Args(GR00TArgs, RunArgs):
     """tiny, lite, tiny-n17, lite-n17, a folder in the published layout, a run folder, or a hub id such as
     nvidia/GR00T-N1.5-3B or nvidia/GR00T-N1.7-3B"""
     data_config: Text | None = None
-    """cameras, joints, normalisation: one of common/robot/data_configs.py, auto (all of modality.json), or module:NAME;
-    default: the checkpoint's with --eval-only, fetch for a Fetch robot, fourier_gr1_arms_only otherwise"""
+    """cameras, joints, units: one of common/robot/data_configs.py, auto (all of modality.json), module:NAME, for N1.7 a
+    FILE.py; default: the checkpoint's with --eval-only, fetch for a Fetch robot, fourier_gr1_arms_only otherwise"""
     lora_dropout: Partial = 0.1  # dropout before the adapters
     mask_padding: bool = False  # keep pad tokens out of the action head's attention (the reference lets them in)
 
