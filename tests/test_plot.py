@@ -46,6 +46,16 @@ def test_between_points_a_median_on_a_log_axis_is_the_straight_line_that_is_draw
     assert plot.median([a, b], log=True)[1] == pytest.approx([1, 0.1, 0.01])
 
 
+def test_a_metric_that_never_was_a_number_is_drawn_as_nothing(axes):
+    """A bin of times that a short run never drew."""
+    (ax,) = axes(
+        [[{"step": 1, "loss": 1.0, "bin": None}, {"step": 2, "loss": 0.5}]], [("loss", "step", ["loss", "bin"])]
+    )
+    assert ax.get_legend_handles_labels()[1] == ["loss", "bin"] and [len(line.get_xdata()) for line in ax.lines][
+        :1
+    ] == [2]
+
+
 def test_a_task_of_a_users_own_is_drawn_and_keeps_its_colour_in_all_panels(axes):
     rows = [
         {"step": i, "eval_reverse_accuracy": 0.1 * i, "eval_reverse_greedy": 0.5, "train/reverse/solve_rate": 0.1 * i,

@@ -94,7 +94,7 @@ def figure(runs: list[Path], panels: list, out: Path, caption: str, units: dict[
                     bar = np.maximum([ys[-1:] - low[1][-1:], high[1][-1:] - ys[-1:]], 0)  # 1.0 may have rounded
                     ax.errorbar(xs[-1:], ys[-1:], bar, color=color, alpha=0.5, linewidth=1, capsize=2)
             curves = [c for rows in data if len((c := series(rows, x, metric))[0])]
-            if len(curves) > 1 or len(curves[0][0]) > 300:
+            if len(curves) > 1 or (curves and len(curves[0][0]) > 300):
                 ax.plot(*median(curves, title.endswith("log scale")), color=color, linewidth=2)
             ax.plot([], [], color=color, linewidth=2, label=metric.removeprefix("train/").removeprefix("losses/"))
         ax.set_title(title, fontsize=10)
