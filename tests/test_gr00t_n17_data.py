@@ -21,7 +21,8 @@ from test_gr00t_doctor import record
 from common.robot import demonstrations, doctor, processor_n17, transforms
 from common.robot.data_configs import CHUNK_CONFIGS, ChunkConfig, Relative
 from common.robot.demonstrations import Demonstrations
-from common.robot.policy import Stored, read_stored, save_policy
+from common.robot.gr00t_n17 import GR00TN17, GR00TN17Config
+from common.robot.policy import Policy, Stored, read_stored, save_policy
 from common.robot.processor_n17 import Modalities, Processor
 from common.robot.transforms import to_device
 
@@ -563,6 +564,28 @@ def test_a_config_that_contradicts_the_files_is_refused(robot, tmp_path, capsys)
         stored.acts(embodiment_tag="libero_sim")
     assert "has no keys for --embodiment-tag libero_sim (it has: new_embodiment)" in (error := capsys.readouterr().err)
     assert "no statistics for --embodiment-tag libero_sim" in error
+
+
+def test_a_checkpoint_acts_and_is_served(robot, tmp_path):
+    pytest.importorskip("msgpack"), pytest.importorskip("zmq")
+    from common.robot import serve
+
+    config = GR00TN17Config.tiny(state_dim=12, action_dim=10, dit_layers=2)
+    save_policy(tmp_path, GR00TN17.toy(config), {}, {"new_embodiment": robot.metadata}, robot.interface.about)
+    policy, row = Policy.from_pretrained(tmp_path, "cpu"), np.array([40])
+    state, frames = robot.state_at(row), robot.frames(40)
+    seen = {f"state.{key}": x[0] for key, x in state.items()} | {"video.top": frames[0], "annotation.task": "Lift it!"}
+    actions = policy.get_action(seen, seed=3)
+    assert {key: x.shape for key, x in actions.items()} == {"action.arm": (14, 7), "action.gripper": (14, 1)}
+    steps = actions["action.arm"] - state["arm"]  # relative to the state, within what was recorded of each step
+    low, high = (np.array(robot.metadata["statistics"]["relative_action"]["arm"][name]) for name in ("min", "max"))
+    assert (steps >= low - 1e-6).all() and (steps <= high + 1e-6).all() and np.ptp(steps) > 0
+    nested = {"video": {"top": frames[None]}, "state": {key: x[:, None] for key, x in state.items()}}
+    nested |= {"language": {"annotation.task": [["lift it"]]}}  # N1.7's own clients
+    reply, _ = serve.answer(policy, [serve.pack({"data": nested, "seed": 3})])
+    assert all(np.array_equal(reply[key][0], x) for key, x in actions.items())
+    reply, _ = serve.answer(policy, [serve.pack({"endpoint": "get_modality_config"})])
+    assert json.loads(reply["action"]["as_json"])["delta_indices"] == [*range(14)]
 
 
 def test_the_doctor_reads_the_files_of_n17(tmp_path, monkeypatch, capsys):
