@@ -617,7 +617,7 @@ step, ± half the 95 % interval over seeds (Student's t): they say how far anoth
 adds its own error, ± 0.07 at 170 problems, which the seed-by-seed difference to the first setting does not have: all
 runs answer the same problems with the same noise. A difference whose interval holds 0 is no evidence, and of {tests}
 comparisons two or three intervals leave 0 out by chance: **bold** are the {survivors} that survive Holm's correction over
-all of them. They are not independent: nine grids share the three runs they compare with. Train accuracy: mean of the
+all of them, which are those of the grids that [origin_claims.md](../../origin_claims.md) judges. They are not independent: nine grids share the three runs they compare with. Train accuracy: mean of the
 last 10 steps; reward: mean of the first 10 steps → of the last 10.
 
 Validation: {problems} problems that are neither in training nor in `arithmetic_eval`; settings are compared on it.
@@ -667,9 +667,12 @@ def student_p(t: float, df: int) -> float:
 
 
 def comparisons(rows: dict[str, dict]) -> list[tuple[str, str, float]]:
-    """(grid, setting, p) of every difference to a grid's first setting that has two seeds, smallest p first."""
-    out = []
-    for grid in GRIDS.keys() - {"page"}:  # whose effects are told in other numbers than validation accuracy
+    """(grid, setting, p) of every difference to a grid's first setting that has two seeds, smallest p first.
+
+    Of the grids that docs/origin_claims.md names: its claims are the family that is corrected together.
+    """
+    out, text = [], CLAIMS.read_text()
+    for grid in (g for g in GRIDS if f"[{g}](" in text or f"`{g}`" in text):
         found = found_of(grid, rows)
         first = next(iter(found))
         base = {r["seed"]: accuracy(r, "validation") for r in found[first]}
