@@ -617,8 +617,9 @@ step, ± half the 95 % interval over seeds (Student's t): they say how far anoth
 adds its own error, ± 0.07 at 170 problems, which the seed-by-seed difference to the first setting does not have: all
 runs answer the same problems with the same noise. A difference whose interval holds 0 is no evidence, and of {tests}
 comparisons two or three intervals leave 0 out by chance: **bold** are the {survivors} that survive Holm's correction over
-all of them, which are those of the grids that [origin_claims.md](../../origin_claims.md) judges. They are not independent: nine grids share the three runs they compare with. Train accuracy: mean of the
-last 10 steps; reward: mean of the first 10 steps → of the last 10.
+all of them, which are those of the grids that [origin_claims.md](../../origin_claims.md) judges. They are not
+independent: nine grids share the three runs they compare with. Train accuracy: mean of the last 10 steps; reward: mean
+of the first 10 steps → of the last 10.
 
 Validation: {problems} problems that are neither in training nor in `arithmetic_eval`; settings are compared on it.
 Base model: {base}. Unless a setting says otherwise: {steps} steps of 16 prompts × 16 completions, new problems
