@@ -117,7 +117,7 @@ def attempt(case: Case, flags: dict[str, list[str]]) -> None:
     from transformers import AutoModelForCausalLM
 
     import ppo_fetch
-    from common.robot.gr00t_n15 import GR00T
+    from common.robot.gr00t import Network
 
     def guard(owner, name: str, counting: bool = False) -> None:
         build = getattr(owner, name)
@@ -131,8 +131,8 @@ def attempt(case: Case, flags: dict[str, list[str]]) -> None:
 
     if not case.loads:
         guard(AutoModelForCausalLM, "from_pretrained")
-        guard(GR00T, "from_pretrained")
-        guard(GR00T, "__init__", counting=True)
+        guard(Network, "from_pretrained")
+        guard(Network, "__init__", counting=True)
         guard(ppo_fetch.Agent, "__init__")
     run_main(case.script, case.words if case.alone else [*flags[case.script], *case.words])
 

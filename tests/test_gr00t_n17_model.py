@@ -439,6 +439,17 @@ def test_a_sharded_bfloat16_folder_loads(tmp_path):
     assert contents(tmp_path / "base") == contents(tmp_path / "copy")
 
 
+def test_half_precision_compute_stays_near_float32(tmp_path):
+    """bfloat16 backbone, float32 head, autocast: the dtypes of a fine-tuning run."""
+    model = golden_model()
+    model.save_pretrained(tmp_path)
+    mixed = GR00TN17.from_pretrained(tmp_path, backbone_dtype=torch.bfloat16)
+    _, expected = flow_loss(model, golden_batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, v_pred = flow_loss(mixed, golden_batch())
+    assert loss.dtype == v_pred.dtype == torch.float32 and distance(v_pred, expected) < 0.1
+
+
 @pytest.mark.parametrize("left_out", [LM_HEAD, EMBED, None])
 def test_the_tied_tensor_is_written_tied_and_may_be_stored_once(left_out, tmp_path):
     model = published_folder(tmp_path, shard_bytes=10**9, dtype=torch.float32)

@@ -14,7 +14,6 @@ import torch
 from common.parallel import World
 from common.robot.demonstrations import Demonstrations, Split
 from common.robot.gr00t import Network
-from common.robot.transforms import STATE_DIM
 from common.run import Run
 
 TIME_BINS = 4
@@ -78,10 +77,8 @@ def describe(model: Network, data: Demonstrations, held: Split, args, run: Run) 
         notes += (
             "\nno episode is held out (a single one, or --val-episodes 0): no validation loss, no evaluation at the end"
         )
-    if data.state_dims > STATE_DIM:
-        notes += (
-            f"\nthe state has {data.state_dims} numbers, the model takes {STATE_DIM}: the last ones are cut, as in the "
-        )
+    if data.state_dims > (most := data.interface.state_dim):
+        notes += f"\nthe state has {data.state_dims} numbers, the model takes {most}: the last ones are cut, as in the "
         notes += "reference; name fewer keys in a data config of your own"
     return (
         f"{', '.join(e.path.name for e in data.sets)} as {args.data_config}/{args.embodiment_tag}: {len(held.rows):,} "
