@@ -366,7 +366,7 @@ def run(tmp_path, monkeypatch):
 
     def start(figures=False, **flags):
         if not figures:
-            monkeypatch.setattr(plot, "figure", lambda runs, panels, out, caption: out)
+            monkeypatch.setattr(plot, "figure", lambda runs, panels, out, *about: out)
             monkeypatch.setattr(g, "draw_open_loop", lambda result, names, chunk, path: path)
         argv = ["gr00t_finetune.py"]
         place = (
