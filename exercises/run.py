@@ -11,6 +11,7 @@ flow in the plane, a flow on a line that looks for a reward.
 
 import math
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 
 import torch
@@ -20,35 +21,40 @@ from exercises import solutions
 from exercises.checks import EXERCISES, NotYet, Wrong, filled_in, grade
 
 
-def answers(f, steps: int = 80):
+def answers(f, steps: int = 80, seed: int = 0, iterations: int = 1, shift=0.0, curve: list | None = None):
     """GRPO on a table of logits: prompt p wants the token p, and then the end. Yields a line of what it has learnt.
 
     f: the functions of the exercise. f.k3 is used where it is not the script's, which stands inside its `grpo_loss`.
+    shift: added to every reward, which changes no preference. curve: takes the mean reward (0 to 2) of every step.
     """
     P, G, T, V, end, beta = 4, 16, 3, 6, 5, 0.02
     table = torch.zeros(P, T, V, requires_grad=True)
     optimizer = torch.optim.Adam([table], lr=0.1)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     wanted = torch.arange(P).repeat_interleave(G)  # (B,)
     for step in range(1, steps + 1):
-        logits = table.repeat_interleave(G, 0)  # (B, T, V)
         with torch.no_grad():
+            logits = table.repeat_interleave(G, 0)  # (B, T, V)
             draws = torch.rand(P * G, T, generator=generator)
             ids = torch.stack([f.sample_tokens(logits[:, t], draws[:, t], 1.0)[0] for t in range(T)], 1)  # (B, T)
             mask = f.completion_mask(ids, [end])
             right = ids[:, 0] == wanted
             stopped = right & (ids[:, 1] == end)
             rewards = right.float() + stopped.float()
-            advantages = f.group_advantages(rewards, G)
-        logprobs = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-        given = logprobs, logprobs.detach(), torch.full_like(logprobs, -math.log(V)), advantages, mask
-        own = f.k3 is not solutions.k3
-        loss = f.grpo_loss(*given, beta=0.0 if own else beta)
-        if own:
-            loss = loss + beta * ((f.k3(given[0], given[2]) * mask).sum(1) / mask.sum(1)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+            advantages = f.group_advantages(rewards + shift, G)
+            old = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+            reference = torch.full_like(old, -math.log(V))
+        for _ in range(iterations):
+            logprobs = table.repeat_interleave(G, 0).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+            own = f.k3 is not solutions.k3
+            loss = f.grpo_loss(logprobs, old, reference, advantages, mask, beta=0.0 if own else beta)
+            if own:
+                loss = loss + beta * ((f.k3(logprobs, reference) * mask).sum(1) / mask.sum(1)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if curve is not None:
+            curve.append(round(rewards.mean().item(), 4))
         if step % (steps // 4) == 0:
             yield f"step {step:3d}   right {right.float().mean():.2f}   right and stopped {stopped.float().mean():.2f}"
 
@@ -152,8 +158,8 @@ SHORT = "--fresh --n-samples 16 --epochs 40 --eval-every 0 --eval-samples 4 --sa
 
 def in_script(name: str, f) -> tuple[object, list[str]]:
     """The script with the exercise's function in it, under the script's signature; and its flags."""
-    grpo, ppo = solutions.grpo_arithmetic, solutions.ppo_fetch
-    loss_of, ppo_loss_of = grpo.grpo_loss, ppo.ppo_loss
+    script = import_module("ppo_fetch" if name in ("gae", "ppo") else "grpo_arithmetic")
+    loss_of = script.ppo_loss if name == "ppo" else getattr(script, "grpo_loss", None)
 
     def grpo_loss(*given, beta, epsilon, **settings):
         _, metrics = loss_of(*given, beta=beta, epsilon=epsilon, **settings)
@@ -164,20 +170,19 @@ def in_script(name: str, f) -> tuple[object, list[str]]:
         return rest + beta * (kl.sum(1) / given[4].sum(1)).mean(), metrics
 
     changes = {
-        "advantages": (grpo, {"group_advantages": lambda rewards, G, *_: f.group_advantages(rewards, G)}),
-        "mask": (grpo, {"completion_mask": f.completion_mask}),
-        "k3": (grpo, {"grpo_loss": grpo_loss}),
-        "loss": (grpo, {"grpo_loss": grpo_loss}),
-        "sampling": (grpo, {"sample_tokens": lambda logits, u, T, V=None: f.sample_tokens(logits[:, :V], u, T)}),
-        "gae": (ppo, {"gae": f.gae}),
-        "ppo": (ppo, {"ppo_loss": lambda *x, **w: (f.ppo_loss(*x, **w), ppo_loss_of(*x, **w)[1])}),
+        "advantages": {"group_advantages": lambda rewards, G, *_: f.group_advantages(rewards, G)},
+        "mask": {"completion_mask": f.completion_mask},
+        "k3": {"grpo_loss": grpo_loss},
+        "loss": {"grpo_loss": grpo_loss},
+        "sampling": {"sample_tokens": lambda logits, u, T, V=None: f.sample_tokens(logits[:, :V], u, T)},
+        "gae": {"gae": f.gae},
+        "ppo": {"ppo_loss": lambda *x, **w: (f.ppo_loss(*x, **w), loss_of(*x, **w)[1])},
     }
     if name not in changes:
         fail(f"{name} has no --script: the toy is its run")
-    script, functions = changes[name]
-    for attribute, function in functions.items():
+    for attribute, function in changes[name].items():
         setattr(script, attribute, function)
-    return script, SHORT if script is grpo else []
+    return script, [] if name in ("gae", "ppo") else SHORT
 
 
 def state_of(name: str) -> str:
@@ -213,4 +218,4 @@ if __name__ == "__main__":
         main(*sys.argv[1:])
     else:
         for name, exercise in EXERCISES.items():
-            print(f"{name:11s} {exercise.idea}: {state_of(name) or 'right'}")
+            print(f"{name:11s} {exercise.idea:45s} {state_of(name).removeprefix(name + ': ') or 'right'}")
