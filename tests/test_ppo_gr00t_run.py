@@ -257,7 +257,7 @@ def test_a_policy_that_an_update_drove_too_far_ends_the_run_in_one_line(run, cap
         (dict(model_path="nowhere/at/all"), "nowhere/at/all"),
         (dict(env_id="FetchSlide-v4"), "FetchPush-v4"),
         (dict(env_id="CartPole-v1"), "FetchReach-v4"),
-        (dict(execute_steps=17), "16"),
+        (dict(execute_steps=17, total_timesteps=1360), "at most 16"),
         (dict(num_minibatches=3), "does not divide"),
         (dict(num_envs=3), "--env-groups"),
         (dict(embodiment_tag="gr1"), "no statistics"),
