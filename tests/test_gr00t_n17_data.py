@@ -35,6 +35,7 @@ CPU = torch.device("cpu")
 def sizes(**changes) -> SimpleNamespace:
     """What an interface asks of a model's config."""
     published = dict(state_dim=132, action_horizon=40, action_dim=132, instruction_vocab=0, vocab_size=151936)
+    published |= dict(num_embodiments=32)
     return SimpleNamespace(
         **(published | dict(patch_size=16, merge_size=2, image_token_id=151655, toy=False) | changes)
     )
@@ -603,6 +604,54 @@ def test_the_doctor_reads_the_files_of_n17(tmp_path, monkeypatch, capsys):
     code = run_script(doctor, ["doctor", str(tmp_path), "--observation", str(tmp_path / "seen.npz")], monkeypatch)
     out = capsys.readouterr().out
     assert code == 1 and "WRONG  state.arm" in out and "WRONG  state.gripper" not in out
+
+
+KEYS = "processor_kwargs/modality_configs/new_embodiment"
+SPOILT = [
+    (KEYS, ""),
+    (f"{KEYS}/action", ...),
+    (f"{KEYS}/state/modality_keys", []),
+    (f"{KEYS}/action/delta_indices", []),
+]
+SPOILT += [(f"{KEYS}/video/delta_indices", [5]), (f"{KEYS}/action/action_configs", [{}]), (f"{KEYS}/language", None)]
+SPOILT += [(f"{KEYS}/action/action_configs", [{"rep": 3}, {}]), ("processor_kwargs/max_action_dim", "132")]
+SPOILT += [("processor_kwargs/image_crop_size", [0, 0]), ("processor_kwargs/model_type", "eagle")]
+SPOILT += [("new_embodiment", []), ("new_embodiment/state/arm", ...), ("new_embodiment/state/arm/min", ["x"])]
+SPOILT += [("new_embodiment/relative_action", ...), ("new_embodiment/relative_action/arm/q99", [[1.0], [1.0, 2.0]])]
+TEXTS = {"empty": b"", "half": b'{"a": [1', "list": b"[]", "null": b"null", "word": b'"w"', "no text": b"\xff\xfe\x00"}
+
+
+def test_every_kind_of_broken_file_ends_in_one_line(robot, tmp_path, capsys):
+    save_policy(tmp_path, Weightless(), {}, {"new_embodiment": robot.metadata}, robot.interface.about)
+    whole = {name: (tmp_path / name).read_bytes() for name in processor_n17.FILES}
+
+    def refused(name: str, text: bytes, case) -> None:
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(SystemExit) as stop:
+            stored = read_stored(str(tmp_path))
+            stored.interface(stored.acts()).fit(sizes(**TOY))
+            pytest.fail(f"{name} is taken: {case}")
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: "), (case, error)
+        (tmp_path / name).write_bytes(whole[name])
+
+    for name in processor_n17.FILES:
+        for case, text in TEXTS.items():
+            refused(name, text, case)
+    for place, value in SPOILT:
+        name = processor_n17.FILES[0 if place.startswith("processor") else 1]
+        content = entry = json.loads(whole[name])
+        *parents, last = place.split("/")
+        for key in parents:
+            entry = entry[key]
+        if value is ...:
+            del entry[last]
+        else:
+            entry[last] = value
+        refused(name, json.dumps(content).encode(), place)
+    refused("embodiment_id.json", b'{"new_embodiment": 32}', "a row that is not there")
+    stored = read_stored(str(tmp_path))
+    stored.interface(stored.acts()).fit(sizes(**TOY))
 
 
 @parity

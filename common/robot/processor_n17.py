@@ -541,6 +541,8 @@ class InterfaceN17(Interface):
         if form != "plain":
             fail(f"--prompt-form {form} is a quirk of N1.5: leave it away")
         self.shape(c.state_dim, c.action_horizon, c.action_dim)
+        if self.embodiment >= c.num_embodiments:
+            fail(f"the embodiment's row is {self.embodiment} (embodiment_id.json), the model has {c.num_embodiments}")
         sizes = dict(max_state_dim=c.state_dim, max_action_horizon=c.action_horizon, max_action_dim=c.action_dim)
         if c.toy and not (self.about and self.about.processor):
             sizes |= dict(shortest_image_edge=TOY_EDGE)
