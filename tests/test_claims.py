@@ -337,9 +337,19 @@ def test_the_tables_of_ppo_ablations_are_what_the_curves_say():
         assert "\n".join(recomputed) in page
 
 
+def test_the_returns_on_classic_control_are_those_of_the_curves():
+    """Every last return of seeds 1 to 3 stands in its row; the cells have words besides."""
+    ends = {(r["env"], r["contender"], r["seed"]): r["return"] for r in rows("ppo_fetch", "classic.jsonl")}
+    for text in table("docs/ppo_fetch.md", "| environment | env steps | ours | SB3 |"):
+        env, _, *cells = (cell.strip() for cell in text.strip("|").split("|"))
+        for contender, cell in zip(("ours", "sb3"), cells):
+            told = [ends[env, contender, seed] for seed in PPO if (env, contender, seed) in ends]
+            assert cell.startswith(each(told, 0)), (env, contender)
+
+
 def test_a_results_table_without_curves_says_so():
     """Above every table of the sections on results that is not recomputed, its paragraph has the sign for that."""
-    known = [head for _, head, _ in TABLES] + ["| variant | success"]
+    known = [head for _, head, _ in TABLES] + ["| variant | success", "| environment | env steps"]
     for page in ("grpo_arithmetic", "grpo_mixed", "ppo_fetch", "ppo_gr00t", "gr00t_finetune"):
         text = (ROOT / "docs" / f"{page}.md").read_text().split("## 6. Results")[1].split("## 8.")[0]
         blocks = text.split("\n\n")
