@@ -1,5 +1,6 @@
 """Shared fixtures: small random models of several architectures, and the bundled tokenizer."""
 
+import ast
 import importlib.util
 import json
 import multiprocessing
@@ -156,3 +157,19 @@ def two_forks(start) -> list[int]:
         process.join(timeout=120)
         process.kill()
     return [process.exitcode for process in processes]
+
+
+def imported(module: str) -> set[str]:
+    """What the code of a module, and of everything of this project that it imports, imports when it is loaded."""
+    found, left = set(), [module]
+    while left:
+        name = left.pop().replace(".", "/")
+        places = [ROOT / f"{name}.py", ROOT / name / "__init__.py", ROOT / "tests" / f"{name}.py"]
+        path = next((place for place in places if place.exists()), None)
+        for node in ast.parse(path.read_text()).body if path else []:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            left += [name for name in names if name not in found]
+            found |= set(names)
+    return found

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, imported
 
 from benchmarks.table import tables
 from common.cli import parse
@@ -33,11 +33,12 @@ def test_every_part_of_gpu_sh_parses(words, monkeypatch):
     parse(module.Args, "")
 
 
-def test_the_language_models_gpu_tests_are_collected_without_a_simulator():
-    code = "import sys; sys.modules |= dict.fromkeys(['gymnasium', 'mujoco']); import pytest; "
-    code += "sys.exit(pytest.main(['-n', '0', '-m', 'gpu', '--collect-only', 'tests']))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "test_grpo_gpu.py::test_captured_steps" in done.stdout, done.stdout[-2000:]
+def test_the_language_models_gpu_tests_need_no_simulator():
+    """Read, not run: collecting them in a process without one takes twenty seconds."""
+    names = {name.partition(".")[0] for name in imported("test_grpo_gpu")}
+    assert "grpo_arithmetic" in names and "transformers" in names  # it followed the test files and the script
+    assert not names & {"gymnasium", "mujoco", "gymnasium_robotics"}
+    assert "gymnasium" in {name.partition(".")[0] for name in imported("test_ppo_run")}  # it would be noticed
 
 
 def test_gpu_sh_goes_on_after_a_failure_names_it_and_fails(tmp_path):

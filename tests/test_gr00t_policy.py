@@ -1,6 +1,5 @@
 """What acts: units, pictures and prompts of a checkpoint, and Fetch seen and moved through them."""
 
-import ast
 import json
 import shutil
 from dataclasses import replace
@@ -9,7 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, imported
 from test_gr00t_data import write_set
 
 import gr00t_finetune as g
@@ -338,22 +337,6 @@ def test_names_of_the_robot_package_load_what_they_need():
 
     assert (model.__module__, FetchVec.__module__) == ("common.robot.gr00t_n15", "common.robot.fetch")
     assert Policy.__module__ == "common.robot.policy"
-
-
-def imported(module: str) -> set[str]:
-    """What the code of a module and of everything of this project that it imports names when it is loaded."""
-    found, left = set(), [module]
-    while left:
-        path = ROOT / left.pop().replace(".", "/")
-        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        nodes = ast.parse(path.read_text()).body if path.exists() else []
-        for node in nodes:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            left += [name for name in names if name.startswith("common") and name not in found]
-            found |= set(names)
-    return found
 
 
 def test_the_policys_code_loads_no_simulator():
