@@ -427,7 +427,7 @@ def finetune_row():
         f"{span(still, '{:.1f}')} times "
         f"below the mean action's (N1.7: {span(newer[0], '{:.1f}')}, {span(newer[1], '{:.1f}')}); "
         f"acting, it succeeds on Reach 100 %, Push {span(push)} %, PickAndPlace {span(pick)} %; "
-        f"another seed-42 run on 2 free cores took {last('gr00t_finetune/tiny/two_threads', 'time/elapsed_s'):.0f} s"
+        f"another seed-42 run on 2 cores took {last('gr00t_finetune/tiny/two_threads', 'time/elapsed_s'):.0f} s"
     )
 
 
