@@ -346,7 +346,10 @@ def test_groups_that_cannot_be_are_refused_in_one_line(run, capsys):
         ({"advantage": "group", "gae_lambda": 0.9}, "--gae-lambda is read by --advantage gae alone"),
         ({"advantage": "group", "norm_adv": False}, "--norm-adv"),
         ({"advantage": "group", "stagger": False}, "--stagger"),
-        ({"advantage": "group", "env_id": "ProbeSolved-v0", "env_backend": "gymnasium"}, "--advantage gae"),
+        (
+            {"advantage": "group", "env_id": "ProbeSolved-v0", "env_backend": "gymnasium", "num_minibatches": 4},
+            "--advantage gae",
+        ),
     ):
         code, folder = run(**flags)
         err = capsys.readouterr().err.strip().splitlines()
