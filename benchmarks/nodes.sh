@@ -11,18 +11,21 @@ both() { # both NAME SCRIPT FLAGS...: on each machine
   local name=$1 port=$((20000 + RANDOM % 20000)) start=$SECONDS
   shift
   [[ $name =~ $only ]] || return 0
+  local pids=() ok=1
   for machine in 0 1; do
     ${TORCHRUN:-uv run torchrun} --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-id "$port" \
       --rdzv-endpoint "localhost:$port" "$@" --device cpu --output-dir runs/nodes >"runs/nodes-$name-$machine.log" 2>&1 &
+    pids+=($!)
   done
-  if wait -n && wait -n; then echo "$name: ok, $((SECONDS - start)) s"; else
+  for pid in "${pids[@]}"; do wait "$pid" || ok=0; done
+  if [ $ok = 1 ]; then echo "$name: ok, $((SECONDS - start)) s"; else
     echo "$name: FAILED, runs/nodes-$name-*.log"
     failed=1
   fi
 }
 
 mkdir -p runs
-grpo="--n-samples 32 --epochs 1 --batch-size 16 --eval-samples 1"
+grpo="--n-samples 32 --epochs 1 --batch-size 64 --eval-samples 1"
 both grpo_arithmetic grpo_arithmetic.py $grpo
 both grpo_arithmetic_fsdp grpo_arithmetic.py $grpo --fsdp
 both grpo_mixed grpo_mixed.py $grpo --fsdp
@@ -30,5 +33,5 @@ both gr00t_finetune gr00t_finetune.py --model-path lite --max-steps 4 --no-close
 both gr00t_finetune_fsdp gr00t_finetune.py --model-path lite --max-steps 4 --no-closed-loop --eval-trajs 2 --fsdp
 both ppo_fetch ppo_fetch.py --total-timesteps 4000 --no-capture-video
 lite=$(ls -d runs/nodes/gr00t_finetune/*/best 2>/dev/null | tail -1)
-both ppo_gr00t ppo_gr00t.py --checkpoint "${lite:-none}" --total-timesteps 3200 --no-capture-video
+both ppo_gr00t ppo_gr00t.py --model-path "${lite:-none}" --total-timesteps 3200 --no-capture-video
 exit $failed
