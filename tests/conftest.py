@@ -31,6 +31,7 @@ from transformers import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+pytest.register_assert_rewrite("networks")  # its asserts say what they compared, as those of tests do
 sys.path.insert(0, str(ROOT))
 torch.backends.cuda.enable_cudnn_sdp(False)  # as join_world leaves a GPU
 

@@ -11,11 +11,32 @@ import json
 import math
 import shutil
 import sys
-from pathlib import Path
+from functools import partial
 
+import networks
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from networks import (
+    DEVICES,
+    TOLERANCE,
+    HeadOnly,
+    assert_adamw,
+    assert_golden,
+    assert_gradients,
+    assert_refused,
+    contents,
+    distance,
+    edit,
+    edit_config,
+    fill,
+    flow_loss,
+    grad_norm,
+    sample,
+    shard,
+    truncate,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -23,79 +44,12 @@ from common.robot.dit import AdaLayerNorm, DiT, cos_sin
 from common.robot.gr00t_n15 import EAGLE, EMBED, GR00T, LM_HEAD, ActionHead, EagleBackbone, GR00TConfig
 
 group_of = GR00T.group_of
-
-ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT.parent / "shared" / "data" / "gr00t_parity"
 needs_fixtures = pytest.mark.skipif(
     not FIXTURES.exists(), reason="no ../shared/data/gr00t_parity beside the repository"
 )
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-    ),
-]
-TOLERANCE = {  # as stated beside the fixtures; gpu: TF32 off
-    "cpu": dict(features=1e-5, loss=1e-5, velocity=1e-4, actions=5e-5, grad=3e-4, adamw=1e-4),
-    "cuda": dict(features=1e-4, loss=1e-4, velocity=5e-4, actions=5e-4, grad=2e-3, adamw=1e-3),
-}
+load_fixture = partial(networks.load_fixture, FIXTURES)
 ALL = dict(tune_llm=True, tune_visual=True, tune_projector=True, tune_diffusion_model=True)
-
-
-# ---- the equations that turn a velocity into a loss and into actions -------------------------------------------------
-
-
-def flow_loss(model, batch):
-    """eq: x_t = (1 - t) noise + t action;  loss = sum(mask (v_pred - (action - noise))^2) / sum(mask)"""
-    features, mask = model.vl_features(batch)
-    noise, action, t = batch["noise"], batch["action"], batch["t"]
-    x_t = (1 - t[:, None, None]) * noise + t[:, None, None] * action
-    v_pred = model.velocity(features, mask, batch["state"], x_t, t, batch["embodiment_id"])
-    m = batch["action_mask"].float()
-    return ((v_pred - (action - noise)) ** 2 * m).sum() / m.sum(), v_pred
-
-
-@torch.no_grad()
-def sample(model, batch, steps):
-    features, mask = model.vl_features(batch)
-    x = batch["initial_noise"]
-    for k in range(steps):
-        t = torch.full((len(x),), k / steps, device=x.device)
-        x = x + model.velocity(features, mask, batch["state"], x, t, batch["embodiment_id"]) / steps
-    return x
-
-
-class HeadOnly(torch.nn.Module):
-    """The action head with given backbone features."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.action_head = ActionHead(config)
-        self.velocity = self.action_head.velocity
-
-    def vl_features(self, batch):
-        features, mask = batch["backbone_features"], batch["backbone_attention_mask"]
-        return self.action_head.process_backbone(features, mask), mask
-
-
-def distance(a, b):
-    """max |a - b| / max |b|"""
-    return ((a.cpu() - b.cpu()).abs().max() / b.abs().max()).item()
-
-
-def load_fixture(name, prefix="", device="cpu"):
-    tensors = load_file(FIXTURES / f"{name}.safetensors")
-    inputs = {k.removeprefix(f"{prefix}input."): v for k, v in tensors.items() if k.startswith(f"{prefix}input.")}
-    return tensors, {k: v.to(device) for k, v in inputs.items()}, json.loads((FIXTURES / f"{name}.json").read_text())
-
-
-def assert_gradients(model, expected, tolerance, **inputs):
-    tensors = dict(model.named_parameters()) | {f"input.{name}": tensor for name, tensor in inputs.items()}
-    found = {name: p.grad.norm().item() for name, p in tensors.items() if p.grad is not None}
-    assert found.keys() == expected.keys()
-    for name, norm in expected.items():
-        # key biases: a shift of all scores, zero up to rounding
-        assert abs(found[name] - norm) < max(tolerance * norm, 1e-6), name
 
 
 # ---- parity with the original ----------------------------------------------------------------------------------------
@@ -105,7 +59,7 @@ def head_fixture(device="cpu"):
     tensors, batch, facts = load_fixture("head_small", device=device)
     published = GR00TConfig().to_json()
     source = published | {"action_head_cfg": facts["action_head_cfg"]}
-    model = HeadOnly(GR00TConfig.from_json(source, GR00TConfig.tiny().eagle)).to(device).eval()
+    model = HeadOnly(ActionHead(GR00TConfig.from_json(source, GR00TConfig.tiny().eagle))).to(device).eval()
     model.load_state_dict({k: v for k, v in tensors.items() if k.startswith("action_head.")})
     return model, batch, tensors, facts["expected"]
 
@@ -134,19 +88,7 @@ def test_head_fixture_velocity_loss_gradients_and_samples(device):
 @needs_fixtures
 def test_head_fixture_four_adamw_updates():
     model, batch, _, expected = head_fixture()
-    adamw = expected["adamw"]
-    groups = {True: [], False: []}
-    for name, p in model.named_parameters():
-        groups[name not in adamw["not_decayed"]].append(p)
-    groups = [dict(params=groups[True], weight_decay=adamw["weight_decay"]), dict(params=groups[False], weight_decay=0)]
-    optimizer = torch.optim.AdamW(groups, lr=adamw["lr"], betas=adamw["betas"], eps=adamw["eps"])
-    for target in adamw["losses"]:
-        loss, _ = flow_loss(model, batch)
-        assert abs(loss.item() / target - 1) < TOLERANCE["cpu"]["adamw"]
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), adamw["clip_grad_norm"])
-        optimizer.step()
+    assert_adamw(model, batch, expected["adamw"])
 
 
 @needs_fixtures
@@ -208,21 +150,6 @@ def test_full_fixture_saved_again_holds_every_tensor_bit_for_bit(tmp_path):
 
 GOLDEN_CONFIG = dict(image_size=16, patch_size=8, action_dim=6, action_horizon=8, state_dim=10, num_embodiments=5)
 SMALL = dict(action_dim=6, action_horizon=8, state_dim=10, num_embodiments=5)
-
-
-def fill(model):
-    """Weights that do not depend on torch's generators: every bias, norm and embodiment row differs from the others."""
-    for index, (_, p) in enumerate(sorted(model.named_parameters())):
-        x = np.random.RandomState(index).standard_normal(p.shape)
-        if p.dim() > 1:
-            x = 0.8 * x / math.sqrt(p.shape[1] if p.dim() < 4 else p[0].numel())
-        else:
-            x = 0.1 * x
-        p.data.copy_(torch.from_numpy(x))
-    for name, p in model.named_parameters():
-        if "norm" in name and name.endswith("weight") and p.dim() == 1 or name.endswith("vlln.weight"):
-            p.data += 1
-    return model
 
 
 def golden_model(**changes):
@@ -298,14 +225,13 @@ def measure(model, batch):
     features, _ = model.backbone(batch)
     loss, v_pred = flow_loss(model, batch)
     loss.backward()
-    norm = lambda part: math.sqrt(sum(p.grad.square().sum().item() for p in part.parameters()))  # noqa: E731
     found = {"features": features[1, -1, :4], "pad features": features[1, 0, :4], "v_pred": v_pred[1, 5, :4]}
     found |= {"actions 4": sample(model, batch, 4)[2, 7, :4], "actions 8": sample(model, batch, 8)[0, 0, :4]}
     found = {k: v.tolist() for k, v in found.items()}
     eagle, head = model.backbone.eagle_model, model.action_head
     parts = {"vision": eagle.vision_model, "mlp1": eagle.mlp1, "text": eagle.language_model, "dit": head.model}
     parts |= {"vl": head.vl_self_attention, "state": head.state_encoder, "action": head.action_encoder}
-    found |= {"loss": loss.item()} | {f"grad {name}": norm(part) for name, part in parts.items()}
+    found |= {"loss": loss.item()} | {f"grad {name}": grad_norm(part) for name, part in parts.items()}
     return found
 
 
@@ -314,11 +240,7 @@ def measure(model, batch):
 def test_golden_values_of_a_whole_tiny_model_with_a_padded_batch(mask_padding, device):
     batch = {key: value.to(device) for key, value in golden_batch().items()}
     found = measure(golden_model(mask_padding=mask_padding).to(device), batch)
-    expected = GOLDEN["masked" if mask_padding else "original"]
-    assert found.keys() == expected.keys()
-    for name, values in expected.items():
-        near = TOLERANCE[device]["loss"] if name == "loss" else {"cpu": 1e-4, "cuda": 2e-3}[device]
-        assert found[name] == pytest.approx(values, rel=near, abs=near), name
+    assert_golden(found, GOLDEN["masked" if mask_padding else "original"], device)
 
 
 def test_layer_norms_add_the_originals_epsilon():
@@ -428,10 +350,6 @@ def test_building_needs_no_flash_attn(monkeypatch, capsys):
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.parametrize("kind", ["tiny", "lite", "masked and longer"])
 def test_save_load_save_is_byte_equal(kind, tmp_path):
     torch.manual_seed(0)
@@ -532,26 +450,6 @@ def test_lerobots_prefix_and_its_single_tied_tensor_are_understood(left_out, tmp
 
 def test_lerobots_own_config_means_the_published_sizes():
     assert GR00TConfig.from_json({"type": "groot", "chunk_size": 50}) == GR00TConfig()
-
-
-def edit(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
-def edit_config(folder, change, file="config.json"):
-    config = json.loads((folder / file).read_text())
-    change(config)
-    (folder / file).write_text(json.dumps(config))
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-
-
-def shard(folder):
-    return sorted(folder.glob("model-*.safetensors"))[1]
 
 
 def head_config(**changes):
@@ -683,12 +581,7 @@ def test_a_damaged_checkpoint_ends_in_one_line_that_names_the_damage(fault, soun
     shutil.copytree(sound_folder, folder)
     damage, words = FAULTS[fault]
     damage(folder)
-    with pytest.raises(SystemExit) as stop:
-        GR00T.from_pretrained(folder)
-    line = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert line.startswith("error: ") and line.count("\n") == 1
-    assert all(word in line for word in words), line
+    assert_refused(GR00T, folder, words, capsys)
 
 
 @pytest.mark.parametrize("path", ["nvidia/GR00T-N1.5-3B", "/no/such/folder", "no-such-folder", "./a/b"])

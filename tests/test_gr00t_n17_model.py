@@ -8,25 +8,33 @@ import hashlib
 import json
 import math
 import shutil
+from functools import partial
 
+import networks
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_gr00t_model import (
+from conftest import ROOT
+from networks import (
     DEVICES,
-    ROOT,
     TOLERANCE,
+    HeadOnly,
+    assert_adamw,
+    assert_golden,
     assert_gradients,
+    assert_refused,
     contents,
     distance,
     edit,
     edit_config,
     fill,
     flow_loss,
+    grad_norm,
     sample,
+    shard,
     truncate,
 )
+from safetensors.torch import load_file, save_file
 
 from common.robot import GR00TN17 as EXPORTED
 from common.robot.gr00t_n17 import (
@@ -44,29 +52,13 @@ FIXTURES = ROOT.parent / "shared" / "data" / "gr00t_n17_parity"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.exists(), reason="no ../shared/data/gr00t_n17_parity")
 FLAGS = ("tune_llm", "tune_visual", "tune_projector", "tune_diffusion_model", "tune_vlln", "tune_top_llm_layers")
 ALL = dict.fromkeys(FLAGS[:5], True)
-
-
-class HeadOnly(torch.nn.Module):
-    """The action head with given backbone features."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.action_head = ActionHeadN17(config)
-        self.velocity, self.process_backbone = self.action_head.velocity, self.action_head.process_backbone
-
-    vl_features = GR00TN17.vl_features
-
-
-def load_fixture(name, prefix="", device="cpu"):
-    tensors = load_file(FIXTURES / f"{name}.safetensors")
-    inputs = {k.removeprefix(f"{prefix}input."): v for k, v in tensors.items() if k.startswith(f"{prefix}input.")}
-    return tensors, {k: v.to(device) for k, v in inputs.items()}, json.loads((FIXTURES / f"{name}.json").read_text())
+load_fixture = partial(networks.load_fixture, FIXTURES)
 
 
 def head_fixture(device="cpu"):
     tensors, batch, facts = load_fixture("head_small", device=device)
     config = GR00TN17Config.from_json(GR00TN17Config().to_json() | facts["config"], small_text(64))
-    model = HeadOnly(config).to(device).eval()
+    model = HeadOnly(ActionHeadN17(config)).to(device).eval()
     model.load_state_dict({k: v for k, v in tensors.items() if k.startswith("action_head.")})
     return model, batch, tensors, facts
 
@@ -97,19 +89,7 @@ def test_head_fixture_velocity_loss_gradients_and_samples(device):
 @needs_fixtures
 def test_head_fixture_four_adamw_updates():
     model, batch, _, facts = head_fixture()
-    adamw = facts["expected"]["adamw"]
-    groups = {True: [], False: []}
-    for name, p in model.named_parameters():
-        groups[name not in adamw["not_decayed"]].append(p)
-    groups = [dict(params=groups[True], weight_decay=adamw["weight_decay"]), dict(params=groups[False], weight_decay=0)]
-    optimizer = torch.optim.AdamW(groups, lr=adamw["lr"], betas=adamw["betas"], eps=adamw["eps"])
-    for target in adamw["losses"]:
-        loss, _ = flow_loss(model, batch)
-        assert abs(loss.item() / target - 1) < TOLERANCE["cpu"]["adamw"]
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), adamw["clip_grad_norm"])
-        optimizer.step()
+    assert_adamw(model, batch, facts["expected"]["adamw"])
 
 
 @needs_fixtures
@@ -253,7 +233,6 @@ def measure(model, batch):
     features, kinds = model.backbone(batch)
     loss, v_pred = flow_loss(model, batch)
     loss.backward()
-    norm = lambda part: math.sqrt(sum(p.grad.square().sum().item() for p in part.parameters()))  # noqa: E731
     found = {"features": features[1, -1, :4], "image features": features[kinds == 2][3, :4], "pads": features[2, 0, :4]}
     found |= {"v_pred": v_pred[1, 5, :4], "v_pred without images": v_pred[2, 5, :4]}
     found |= {"actions 4": sample(model, batch, 4)[2, 7, :4], "actions 8": sample(model, batch, 8)[0, 0, :4]}
@@ -261,17 +240,14 @@ def measure(model, batch):
     vision, head = model.backbone.vision, model.action_head
     parts = {"vision": vision, "deep": vision.deepstack_merger_list, "text": model.backbone.text, "dit": head.model}
     parts |= {"vl": head.vl_self_attention, "state": head.state_encoder, "action": head.action_encoder}
-    return found | {"loss": loss.item()} | {f"grad {name}": norm(part) for name, part in parts.items()}
+    return found | {"loss": loss.item()} | {f"grad {name}": grad_norm(part) for name, part in parts.items()}
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_golden_values_of_a_whole_tiny_model_with_a_padded_batch(device):
     batch = {key: value.to(device) for key, value in golden_batch().items()}
     found = measure(golden_model().to(device), batch)
-    assert found.keys() == GOLDEN.keys()
-    for name, values in GOLDEN.items():
-        near = TOLERANCE[device]["loss"] if name == "loss" else {"cpu": 1e-4, "cuda": 2e-3}[device]
-        assert found[name] == pytest.approx(values, rel=near, abs=near), name
+    assert_golden(found, GOLDEN, device)
 
 
 def test_each_dit_block_looks_at_its_own_tokens_and_no_block_at_pads():
@@ -466,10 +442,6 @@ def test_the_tied_tensor_is_written_tied_and_may_be_stored_once(left_out, tmp_pa
     assert again.keys() == tensors.keys()
 
 
-def shard(folder):
-    return sorted(folder.glob("model-*.safetensors"))[1]
-
-
 def config_says(place, value, file="config.json"):
     def change(config):
         *outer, last = place.split(".")
@@ -564,12 +536,7 @@ def test_a_damaged_checkpoint_ends_in_one_line_that_names_the_damage(fault, soun
     shutil.copytree(sound_folder, folder)
     damage, words = FAULTS[fault]
     damage(folder)
-    with pytest.raises(SystemExit) as stop:
-        GR00TN17.from_pretrained(folder)
-    line = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert line.startswith("error: ") and line.count("\n") == 1
-    assert all(word in line for word in words), line
+    assert_refused(GR00TN17, folder, words, capsys)
 
 
 def test_loading_and_saving_draw_no_random_numbers(sound_folder, tmp_path):
