@@ -89,7 +89,7 @@ class Args(GR00TArgs, RunArgs):
     num_workers: Annotated[int, Interval(ge=0, le=1024)] = 0
     """processes that prepare batches; 0: in the training process"""
     cache_side: Natural = 256
-    """frames larger than this are cached at SIDE x SIDE (30 times less disk for 1080p); 0: always cache as recorded"""
+    """larger frames are cached at SIDE x SIDE, N1.7's at that short side (1080p: a 30th of the disk); 0: as recorded"""
     cache_dir: Text | None = None  # folder of the memory-mapped frame cache; default: <output-dir>/frame_cache
     prompt_form: Literal["plain", "bracketed"] = "plain"
     """bracketed: the instruction as ['…'], which the reference's inference writes by accident"""

@@ -1,6 +1,6 @@
 """PPO on the Fetch robot: a policy learns to move a gripper, or a block with it, to a goal.
 
-    data        N environments x T steps a iteration, B = N * T transitions; an episode is cut at 50 steps, never "dead"
+    data        N environments, T steps an iteration, B = N * T transitions; an episode is cut at 50 steps, never "dead"
     advantage   d_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t),   A_t = d_t + gamma lambda (1 - done_t) A_{t+1}
                 s'_t is the state that followed, also where the episode ended there (GAE, arXiv 1506.02438)
     objective   minimise  mean of -min(w A, clip(w, 1 - eps, 1 + eps) A) + c_v (V - R)^2 - c_e H

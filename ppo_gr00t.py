@@ -11,8 +11,8 @@ Every line of the algorithm that is an equation carries it: grep for "eq:". Symb
 `diff ppo_fetch.py ppo_gr00t.py` shows what a flow policy changes. Evaluation is the plain flow, x_0 its only noise.
 Left out on purpose: other simulators, gymnasium's backends (FetchVec is the same bits), training several tasks at once.
 
-Dims: N environments, T chunks, B = N * T decisions, C executed of H = 16 predicted actions, D = 32 padded action dims,
-of which the robot has 4, K steps of the flow, M noisy ones among them, S backbone tokens, U distinct observations.
+Dims: N environments, T chunks, B = N * T decisions, C executed of H = 16 predicted actions, D padded action dims (N1.5:
+32, N1.7: 132), of which the robot has 4, K steps of the flow, M noisy ones, S backbone tokens, U distinct observations.
 
     uv run python ppo_gr00t.py                                   # fine-tunes a weak lite policy, then FetchReach
     uv run python gr00t_finetune.py --model-path lite            # demonstrations -> policy ...
@@ -257,7 +257,7 @@ class Agent(nn.Module):
             return self.model.backbone(prompted(self.model.config, self.prompt, images, count))[0]
 
     def look(self, features: torch.Tensor, index: torch.Tensor, state: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What policy and critic see: VL features vl (B or 1, S, W), state (B, 1, 64), condition (B, X).
+        """What policy and critic see: VL features vl (B or 1, S, W), state (B, 1, state_dim), condition (B, X).
 
         features (U, S, W) of the backbone, one of them for each distinct observation; index (B,) says which is whose.
         Every prompt of a run has the same length, so nothing is padded.

@@ -2,7 +2,7 @@
 
 The demonstrations are recorded in this layout, and closed loop, PPO and serving act in it.
 
-Dims: N environments, D = 28 state numbers, 4 action numbers, H actions of a chunk.
+Dims: N environments, 28 state numbers, 4 action numbers, H actions of a chunk, D padded state or action dims.
 """
 
 import subprocess
@@ -151,7 +151,7 @@ class FetchRobot:
             self.camera = Camera(env_id, interface.metadata["modalities"]["video"][view]["resolution"][0])
 
     def state(self, obs: dict[str, np.ndarray]) -> np.ndarray:
-        """FetchVec's observations -> (N, 64) float32, normalised and padded with zeros."""
+        """FetchVec's observations -> (N, D) float32, normalised and padded with zeros."""
         vector = state_vector(obs).astype(np.float64)
         return self.interface.state({key: vector[:, at["start"] : at["end"]] for key, at in slices(STATE).items()})
 
@@ -180,7 +180,7 @@ class FetchRobot:
         return seen | {f"annotation.{config.language}": [self.instruction] * len(vector)}
 
     def actions(self, chunk: torch.Tensor, count: int) -> np.ndarray:
-        """The policy's chunk (N, H, 32) -> its first `count` actions (N, count, 4) float32; FetchVec clips them."""
+        """The policy's chunk (N, H, D) -> its first `count` actions (N, count, 4) float32; FetchVec clips them."""
         actions = self.interface.actions(chunk[:, :count].cpu().numpy()).astype(np.float32)
         if not np.isfinite(actions).all():
             fail("the policy's actions are no longer finite: an update went too far; try a smaller --learning-rate")

@@ -1,6 +1,6 @@
 """What the versions of GR00T share beside the action head: configuration, what trains, checkpoint files.
 
-`class_of` tells from a folder's config.json which version it holds. The networks are in gr00t_n15.py and gr00t_n17.py.
+The networks are in gr00t_n15.py and gr00t_n17.py; which of them a folder holds, `read_stored` of policy.py tells.
 """
 
 import copy

@@ -6,7 +6,7 @@
 The scripts evaluate through the same `Policy`, by their own sampler, and the server answers with it: there is one road
 from an observation to an action. No simulator is loaded from here: fetch_robot.py has the one there is.
 
-Dims: B observations, V cameras, S prompt tokens, H = 16 actions of a chunk, A raw action numbers.
+Dims: B observations, H actions of a model's chunk, h <= H of the robot's (N1.5: 16 both), D padded action dims.
 """
 
 import json
@@ -50,13 +50,15 @@ class GR00TArgs:
 
     # model
     model_path: Text | None = None
-    """a folder in the published layout, a run folder, or a hub id such as nvidia/GR00T-N1.5-3B"""
+    """a folder in the published layout, a run folder, or a hub id such as nvidia/GR00T-N1.5-3B or
+    nvidia/GR00T-N1.7-3B"""
     data_config: Text | None = None  # what the policy sees, see common/robot/data_configs.py; default: the checkpoint's
     embodiment_tag: Name | None = None
     """whose rows of the embodiment layers to use: a pretrained robot's (gr1, oxe_droid, agibot_genie1 of N1.5), or the
     free ones of new_embodiment (default)"""
     tokenizer: Text | None = None
-    """folder or hub id of the tokenizer; default: bundled for tiny and lite, lerobot/eagle2hg-processor-groot-n1p5"""
+    """folder or hub id of the tokenizer; default: bundled for toy models, for N1.5
+    lerobot/eagle2hg-processor-groot-n1p5, for N1.7 Qwen/Qwen3-VL-2B-Instruct"""
     tune_llm: bool = False  # train the language model (lite: its table of instruction tokens)
     tune_visual: bool = False  # train the vision tower and its connector
     tune_projector: bool = True
@@ -337,7 +339,7 @@ def save_policy(
 
 @torch.no_grad()
 def euler(model: Network, batch: dict[str, torch.Tensor], noise: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """Noise (B, H, 32) -> actions (B, H, 32) in model units: `sample_actions` of gr00t_finetune.py, to the last bit."""
+    """Noise (B, H, D) -> actions (B, H, D) in model units: `sample_actions` of gr00t_finetune.py, to the last bit."""
     features, mask = model.vl_features(batch)
     x = noise.float()
     for k in range(num_steps):
@@ -358,7 +360,7 @@ class Policy:
         denoising_steps: int = 4,
         amp: bool = False,
     ):
-        """interface: prepared. sampler(model, batch, noise, num_steps) -> actions (B, H, 32). amp: in bfloat16."""
+        """interface: prepared. sampler(model, batch, noise, num_steps) -> actions (B, H, D). amp: in bfloat16."""
         if not isinstance(denoising_steps, int) or not 1 <= denoising_steps <= 100:
             fail(f"denoising_steps {denoising_steps!r}: a number of Euler steps, 1 to 100")
         self.model, self.interface, self.sampler = model, interface, sampler
@@ -388,11 +390,11 @@ class Policy:
         return cls(model, interface, denoising_steps=denoising_steps, amp=amp)
 
     def get_action(self, observation: dict[str, Any], seed: int | None = None) -> dict[str, np.ndarray]:
-        """{"action.<key>": (16, width) float64} in raw units, the first action for now.
+        """{"action.<key>": (h, width) float64} in raw units, the first action for now.
 
         observation: for every camera "video.<camera>", (height, width, 3) uint8 RGB of any size; for every key of the
         state "state.<key>", (width,) numbers as recorded; "annotation.<language key>", a string. A leading time axis of
-        length 1 is allowed, and a batch axis before that, on all of them: then the answer is (B, 16, width).
+        length 1 is allowed, and a batch axis before that, on all of them: then the answer is (B, h, width).
         seed: of x_0; the same seed and observation give the same actions. None: torch's generator.
         What is missing, unknown or of another shape, type or range: ValueError, in one line.
         """
@@ -412,7 +414,7 @@ class Policy:
         return {kind: {"delta_indices": rows.get(kind, [0]), "modality_keys": keys[kind]} for kind in keys}
 
     def noise(self, count: int, seed: int | None = None) -> torch.Tensor:
-        """x_0 (count, H, 32); with a seed that of observation i depends on the seed and i alone."""
+        """x_0 (count, H, D); with a seed that of observation i depends on the seed and i alone."""
         if seed is None:
             return torch.randn(count, *self.interface.chunk_shape)
         if not isinstance(seed, int) or seed < 0:
@@ -423,7 +425,7 @@ class Policy:
 
     @torch.no_grad()
     def chunk(self, batch: dict[str, torch.Tensor], noise: torch.Tensor, num_steps: int | None = None) -> torch.Tensor:
-        """The policy's actions (B, H, 32) from x_0 `noise` (B, H, 32), in model units, on the CPU."""
+        """The policy's actions (B, H, D) from x_0 `noise` (B, H, D), in model units, on the CPU."""
         self.model.eval()
         device = self.model.device
         batch = to_device(batch, device)
