@@ -18,7 +18,7 @@ from conftest import ROOT, run_script
 from test_gr00t_data import write_set
 from test_gr00t_doctor import record
 
-from common.robot import demonstrations, doctor, processor_n17, transforms
+from common.robot import demonstrations, doctor, interface_n17, processor_n17, transforms
 from common.robot.data_configs import CHUNK_CONFIGS, ChunkConfig, Relative
 from common.robot.demonstrations import Demonstrations
 from common.robot.gr00t_n17 import GR00TN17, GR00TN17Config
@@ -54,7 +54,7 @@ def demo(tmp_path_factory):
     cache = tmp_path_factory.mktemp("demo")
     data.open_frames([e for e in data.episodes if e.position in (0, 2, 4)], cache, about.cache_side)
     source = str(SHARED / "eagle_tokenizer")
-    tokenizer = processor_n17.load_tokenizer(sizes(), source)
+    tokenizer = interface_n17.load_tokenizer(sizes(), source)
     data.interface.prepare(sizes(), tokenizer, data.instructions)
     return data, json.loads((PARITY / "data_demo.json").read_text())
 
@@ -93,7 +93,7 @@ def test_parity_of_items_with_the_reference(demo):
         values = item["pixel_values"]
         assert list(batch["pixel_values"].shape) == values["shape"]
         if n == 0:
-            image = processor_n17.transform_images(stored["item0.frame"][None], Processor())[0]
+            image = interface_n17.transform_images(stored["item0.frame"][None], Processor())[0]
             assert np.array_equal(image.permute(1, 2, 0), stored["item0.image"])
             exact = transforms_of(image)
             for at, expected in values["rows"].items():
@@ -106,7 +106,7 @@ def sha(x) -> str:
 
 def transforms_of(image: torch.Tensor) -> torch.Tensor:
     """pixel_values of a transformed image (3, h, w)."""
-    return to_device({"patches": processor_n17.patches(image[None], 16)}, CPU)["pixel_values"]
+    return to_device({"patches": interface_n17.patches(image[None], 16)}, CPU)["pixel_values"]
 
 
 @parity
@@ -146,9 +146,9 @@ def test_parity_of_statistics_decoding_and_poses_with_the_reference(demo):
     eef = {name: np.array(x) for name, x in fixture["relative_eef"].items() if name != "note"}
     reference, form = eef["reference"][None], "xyz_rot6d"
     for name, function, given in (
-        ("relative", processor_n17.relative, "absolute"),
-        ("absolute", processor_n17.absolute, "relative"),
-        ("noisy_absolute", processor_n17.absolute, "noisy_relative"),
+        ("relative", interface_n17.relative, "absolute"),
+        ("absolute", interface_n17.absolute, "relative"),
+        ("noisy_absolute", interface_n17.absolute, "noisy_relative"),
     ):
         assert np.abs(function(eef[given][None], reference, form)[0] - eef[name]).max() <= 2e-6
 
@@ -168,50 +168,50 @@ def test_parity_of_statistics_decoding_and_poses_with_the_reference(demo):
     ],
 )
 def test_sizes_of_pictures_and_their_tokens(size, seen, fitted, tokens):
-    image = processor_n17.transform_images(np.zeros((1, *size, 3), np.uint8), Processor())
-    assert image.shape[2:] == seen and processor_n17.token_size(*seen, 32) == fitted
+    image = interface_n17.transform_images(np.zeros((1, *size, 3), np.uint8), Processor())
+    assert image.shape[2:] == seen and interface_n17.token_size(*seen, 32) == fitted
     assert fitted[0] * fitted[1] // 32**2 == tokens
-    boxed = processor_n17.transform_images(np.zeros((1, *size, 3), np.uint8), Processor(letter_box_transform=True))
+    boxed = interface_n17.transform_images(np.zeros((1, *size, 3), np.uint8), Processor(letter_box_transform=True))
     assert boxed.shape[2:] == (256, 256)
 
 
 def test_resizing_is_that_of_inter_area():
     row = torch.tensor([0, 10, 20, 30, 40], dtype=torch.uint8)
-    line = processor_n17.resize_area(row[None, None], 1, 2)  # 2.5 old pixels make a new one
+    line = interface_n17.resize_area(row[None, None], 1, 2)  # 2.5 old pixels make a new one
     assert line.flatten().tolist() == [8, 32]
     row = torch.tensor([0, 30, 60], dtype=torch.uint8)
-    assert processor_n17.resize_area(row[None, None], 1, 4).flatten().tolist() == [0, 20, 40, 60]  # not 0, 19, 41, 60
-    both = processor_n17.resize_area(row[:, None].expand(3, 3)[None], 4, 2)  # one axis grows: both go by that rule
+    assert interface_n17.resize_area(row[None, None], 1, 4).flatten().tolist() == [0, 20, 40, 60]  # not 0, 19, 41, 60
+    both = interface_n17.resize_area(row[:, None].expand(3, 3)[None], 4, 2)  # one axis grows: both go by that rule
     assert both[0, :, 0].tolist() == [0, 20, 40, 60] and both.shape == (1, 4, 2)
     noise = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     halves = noise.float().reshape(3, 10, 2, 15, 2).mean((2, 4)).round()
-    assert (processor_n17.resize_area(noise, 10, 15) - halves).abs().max() == 0
-    assert processor_n17.resize_area(noise, 20, 30) is noise
+    assert (interface_n17.resize_area(noise, 10, 15) - halves).abs().max() == 0
+    assert interface_n17.resize_area(noise, 20, 30) is noise
 
 
 def test_the_crop_is_of_the_centre_or_drawn_once_for_all_views():
     frames = np.zeros((2, 256, 256, 3), np.uint8)
     frames[:, 6:249, 6:249] = 200  # all that the centre crop of 243 sees
-    assert (processor_n17.transform_images(frames, Processor()) == 200).all()
+    assert (interface_n17.transform_images(frames, Processor()) == 200).all()
     whole = Processor(crop_fraction=None, image_crop_size=[128, 128])  # half of 256
     frames[:, 64:192, 64:192] = 100
-    assert (processor_n17.transform_images(frames, whole) == 100).all()
+    assert (interface_n17.transform_images(frames, whole) == 100).all()
     noise = np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), np.uint8).repeat(2, axis=0)
-    first, second = processor_n17.transform_images(noise, Processor(), np.random.default_rng(1))
+    first, second = interface_n17.transform_images(noise, Processor(), np.random.default_rng(1))
     assert torch.equal(first, second)
-    plain = processor_n17.transform_images(noise, Processor(color_jitter_params=None), np.random.default_rng(1))
+    plain = interface_n17.transform_images(noise, Processor(color_jitter_params=None), np.random.default_rng(1))
     assert not torch.equal(plain[0], first)
-    assert not torch.equal(plain, processor_n17.transform_images(noise, Processor()))
+    assert not torch.equal(plain, interface_n17.transform_images(noise, Processor()))
 
 
 def test_pictures_are_turned_about_their_centre():
     image = torch.arange(48, dtype=torch.uint8).reshape(1, 3, 4, 4)
-    assert torch.equal(processor_n17.rotate(image, 90), image.rot90(dims=(2, 3)))
+    assert torch.equal(interface_n17.rotate(image, 90), image.rot90(dims=(2, 3)))
     wide = torch.arange(24, dtype=torch.uint8).reshape(1, 3, 2, 4)
-    assert torch.equal(processor_n17.rotate(wide, 180), wide.rot90(2, dims=(2, 3)))
+    assert torch.equal(interface_n17.rotate(wide, 180), wide.rot90(2, dims=(2, 3)))
     noise = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
     plain, turning = Processor(color_jitter_params=None), Processor(color_jitter_params=None, random_rotation_angle=9.0)
-    turned = [processor_n17.transform_images(noise, p, np.random.default_rng(1)) for p in (plain, turning)]
+    turned = [interface_n17.transform_images(noise, p, np.random.default_rng(1)) for p in (plain, turning)]
     assert not torch.equal(*turned)
 
 
@@ -219,7 +219,7 @@ def test_patches_of_a_token_follow_each_other():
     """Patch vectors are channel, time, row, column; tokens go by rows, the four patches of a token by rows too."""
     h = w = 8  # 2 x 2 tokens of 2 x 2 patches of 2 x 2 pixels
     image = torch.arange(3 * h * w, dtype=torch.uint8).reshape(1, 3, h, w)
-    values = to_device({"patches": processor_n17.patches(image, 2)}, CPU)["pixel_values"]
+    values = to_device({"patches": interface_n17.patches(image, 2)}, CPU)["pixel_values"]
     assert values.shape == (16, 3 * 2 * 2 * 2)
     levels = (values * 127.5 + 127.5).round().int().reshape(2, 2, 2, 2, 3, 2, 2, 2)
     for r, c, i, j, channel, y, x in [(0, 1, 1, 0, 2, 1, 0), (1, 0, 0, 1, 0, 0, 1), (1, 1, 1, 1, 1, 1, 1)]:
@@ -231,7 +231,7 @@ def test_frames_are_cached_by_the_first_steps_of_the_transform(robot):
     frame = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
     small = robot.interface.reduce(frame, 256)
     assert small.shape == (256, 341, 3) and robot.interface.reduce(frame, 0) is frame
-    both = [processor_n17.transform_images(x[None], Processor()) for x in (frame, small)]
+    both = [interface_n17.transform_images(x[None], Processor()) for x in (frame, small)]
     assert torch.equal(*both) and robot.interface.reduced == "short side"
 
 
@@ -241,19 +241,19 @@ def test_frames_are_cached_by_the_first_steps_of_the_transform(robot):
 def test_normalisation_clips_and_what_does_not_vary_is_0():
     stats = dict(q01=[0.0, 1.0], q99=[4.0, 1.0], min=[-4.0, 1.0], max=[4.0, 1.0 + 1e-9], mean=[1, 1], std=[2, 0])
     x = np.array([[-1.0, 1.0], [3.0, 7.0], [9.0, 1.0]])
-    assert processor_n17.normalize(x, "q99", stats).tolist() == [[-1, 0], [0.5, 0], [1, 0]]
-    assert processor_n17.normalize(x, "q99", stats, clip=False).tolist() == [[-1.5, 0], [0.5, 0], [3.5, 0]]
-    assert processor_n17.normalize(x, "min_max", stats).tolist() == [[-0.25, 0], [0.75, 0], [1, 0]]
-    assert processor_n17.normalize(x, "mean_std", stats).tolist() == [[-1, 1], [1, 7], [4, 1]]
-    assert processor_n17.unnormalize(np.array([[-2.0, 5.0], [0.5, 0.0]]), "q99", stats).tolist() == [[0, 1], [3, 1]]
-    assert processor_n17.unnormalize(np.array([[-2.0, 5.0]]), "mean_std", stats).tolist() == [[-3, 1]]
+    assert interface_n17.normalize(x, "q99", stats).tolist() == [[-1, 0], [0.5, 0], [1, 0]]
+    assert interface_n17.normalize(x, "q99", stats, clip=False).tolist() == [[-1.5, 0], [0.5, 0], [3.5, 0]]
+    assert interface_n17.normalize(x, "min_max", stats).tolist() == [[-0.25, 0], [0.75, 0], [1, 0]]
+    assert interface_n17.normalize(x, "mean_std", stats).tolist() == [[-1, 1], [1, 7], [4, 1]]
+    assert interface_n17.unnormalize(np.array([[-2.0, 5.0], [0.5, 0.0]]), "q99", stats).tolist() == [[0, 1], [3, 1]]
+    assert interface_n17.unnormalize(np.array([[-2.0, 5.0]]), "mean_std", stats).tolist() == [[-3, 1]]
 
 
 def test_poses_are_relative_in_the_frame_of_the_state():
     turned = [0, 1, 0, -1, 0, 0]  # the first two rows of a quarter turn about z: x points to -y, y to x
     state = np.array([[1.0, 2.0, 3.0, *turned]])
     action = np.array([[[1.0, 3.0, 3.0, *turned], [2.0, 2.0, 3.0, 1, 0, 0, 0, 1, 0]]])
-    relative = processor_n17.relative(action, state, "xyz_rot6d")[0]
+    relative = interface_n17.relative(action, state, "xyz_rot6d")[0]
     assert np.allclose(relative[0], [-1, 0, 0, 1, 0, 0, 0, 1, 0]) and np.allclose(relative[1, :3], [0, 1, 0])
     assert np.allclose(relative[1, 3:], [0, -1, 0, 1, 0, 0])
     rng = np.random.default_rng(0)
@@ -261,12 +261,12 @@ def test_poses_are_relative_in_the_frame_of_the_state():
         state, action = rng.normal(size=(3, width)), rng.normal(size=(3, 4, width))
         if form == "xyz_rot6d":  # rows of rotations
             state, action = (np.concatenate([x[..., :3], rows(x[..., 3:])], -1) for x in (state, action))
-        back = processor_n17.absolute(processor_n17.relative(action, state, form), state, form)
+        back = interface_n17.absolute(interface_n17.relative(action, state, form), state, form)
         assert np.allclose(back, action)
-    assert processor_n17.relative(action, action[:, 0], "joint")[:, 0].any() == np.False_
+    assert interface_n17.relative(action, action[:, 0], "joint")[:, 0].any() == np.False_
     skew = np.concatenate([np.zeros((1, 1, 3)), [[[2.0, 0, 0, 3.0, 0.5, 0]]]], -1)  # rows that are not orthonormal
     still = np.array([[0.0, 0, 0, 1, 0, 0, 0, 1, 0]])
-    assert np.allclose(processor_n17.absolute(skew, still, "xyz_rot6d"), [[[0, 0, 0, 1, 0, 0, 0, 1, 0]]])
+    assert np.allclose(interface_n17.absolute(skew, still, "xyz_rot6d"), [[[0, 0, 0, 1, 0, 0, 0, 1, 0]]])
 
 
 def rows(x: np.ndarray) -> np.ndarray:
@@ -690,7 +690,7 @@ def test_broken_published_files_end_in_one_line(tmp_path, capsys, file, change, 
 
 
 def test_instructions_are_cleaned():
-    assert processor_n17.clean("Pick the cup_cake, Gently!") == "pick the cup_cake gently"
-    assert processor_n17.prompt("go", 2) == (
+    assert interface_n17.clean("Pick the cup_cake, Gently!") == "pick the cup_cake gently"
+    assert interface_n17.prompt("go", 2) == (
         "<|im_start|>user\n" + 2 * "<|vision_start|><|image_pad|><|vision_end|>" + "go<|im_end|>\n"
     )

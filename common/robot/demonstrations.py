@@ -23,9 +23,9 @@ from common.cli import fail
 from common.parallel import World
 from common.robot.data_configs import ChunkConfig, DataConfig, Relative, check_keys
 from common.robot.frames import cache_frames
+from common.robot.interface_n17 import relative, relative_statistics
 from common.robot.lerobot import COLUMNS, STATISTICS, Episodes, read_episodes
 from common.robot.policy import make_interface
-from common.robot.processor_n17 import relative, relative_statistics
 
 NO_INSTRUCTION = "Perform the default behavior."
 PROGRESS = "task_progress"  # an action that is not recorded: how far the episode is, 0 to 1

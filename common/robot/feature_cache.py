@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from common.robot.processor_n17 import patches
+from common.robot.interface_n17 import patches
 from common.robot.transforms import to_device
 
 

@@ -1,5 +1,5 @@
 """Between a robot and a model: raw observations to what the model sees, its chunks to raw actions. Here GR00T N1.5's,
-the names that every version has; processor_n17.py has N1.7's.
+the names that every version has; interface_n17.py has N1.7's.
 
     interface.fit(model.config, instructions)      sizes and tokenizer of the model; before that, units alone
     batch = interface.see(observation)             or of recorded rows: interface.batch(state, texts, images)

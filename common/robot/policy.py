@@ -33,9 +33,10 @@ from common.robot.gr00t import ELSE, FILES, HINT, Network
 from common.robot.gr00t_n15 import EMBODIMENTS, GR00T
 from common.robot.gr00t_n17 import GR00TN17
 from common.robot.interface import Interface, model_tokenizer  # noqa: F401
+from common.robot.interface_n17 import InterfaceN17
 from common.robot.lerobot import STATISTICS
 from common.robot.lora import LoRALinear, adapter_tensors, add_lora, merged
-from common.robot.processor_n17 import InterfaceN17, Numbers, Processor
+from common.robot.processor_n17 import Numbers, Processor
 from common.robot.transforms import ACTION_DIM, HORIZON, STATE_DIM, to_device
 from common.streams import stream
 
