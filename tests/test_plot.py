@@ -84,3 +84,12 @@ def test_an_evaluation_shows_its_interval_as_a_band_of_one_run_and_as_whiskers_o
     panel = [("success", "step", ["eval/success_rate"])]
     assert len(axes([rows], panel)[0].collections) == 1
     assert len(axes([rows, rows], panel)[0].containers) == 2
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("kl, scale", [([0.0, 0.0], "linear"), ([0.0, 1e-3], "log")])
+def test_zeros_alone_are_drawn_on_a_linear_axis_without_a_warning(axes, kl, scale):
+    (ax,) = axes(
+        [[{"step": i, "train/kl": value} for i, value in enumerate(kl)]], [("KL, log scale", "step", ["train/kl"])]
+    )
+    assert ax.get_yscale() == scale

@@ -98,7 +98,7 @@ def figure(runs: list[Path], panels: list, out: Path, caption: str, units: dict[
                 ax.plot(*median(curves, title.endswith("log scale")), color=color, linewidth=2)
             ax.plot([], [], color=color, linewidth=2, label=metric.removeprefix("train/").removeprefix("losses/"))
         ax.set_title(title, fontsize=10)
-        if title.endswith("log scale"):
+        if title.endswith("log scale") and any(np.greater(line.get_ydata(), 0).any() for line in ax.lines):
             ax.set_yscale("log")
         ax.set_xlabel(X.get(x, step), fontsize=9)
         ax.set_ylabel(unit_of(metrics[0], units), fontsize=9)
