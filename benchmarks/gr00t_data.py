@@ -24,7 +24,7 @@ from common.parallel import World
 from common.robot import lerobot
 from common.robot.demonstrations import prepared
 from common.robot.gr00t_n15 import GR00T
-from common.robot.policy import model_tokenizer
+from common.robot.interface import model_tokenizer
 from common.robot.transforms import HORIZON, encode, transform_images
 from common.streams import stream
 

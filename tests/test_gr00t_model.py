@@ -744,9 +744,8 @@ def test_images_and_image_tokens_must_match():
 def test_two_views_fill_their_places_in_order():
     """Swapping the images of a sample changes it, swapping the samples with their images does not."""
     model, batch = golden_model(), golden_batch(lengths=(12, 12, 12))
-    ids = torch.cat(
-        [batch["eagle_input_ids"][:2], torch.full((2, 4), 259)], dim=1
-    )  # four more places for a second view
+    # four more places for a second view
+    ids = torch.cat([batch["eagle_input_ids"][:2], torch.full((2, 4), 259)], dim=1)
     pixels = torch.from_numpy(np.random.RandomState(5).uniform(-1, 1, (4, 3, 16, 16))).float()
     run = lambda ids, pixels: model.backbone(  # noqa: E731
         {"eagle_input_ids": ids, "eagle_attention_mask": torch.ones_like(ids), "eagle_pixel_values": pixels}

@@ -255,11 +255,8 @@ def test_each_dit_block_looks_at_its_own_tokens_and_no_block_at_pads():
     model, kinds = golden_model(vl_layers=0, dit_layers=6), torch.tensor([[0, 0, 1, 2, 2, 1]])
     text, image = (mask[0, 0, 0].tolist() for mask in model.action_head.cross_masks(kinds))
     assert text == [False, False, True, False, False, True] and image == [False, False, False, True, True, False]
-    seen, (blocks, state, x) = (
-        [],
-        (model.action_head.model.transformer_blocks, torch.zeros(1, 1, 10), torch.zeros(1, 8, 6)),
-    )
-    for block in blocks:
+    seen, state, x = [], torch.zeros(1, 1, 10), torch.zeros(1, 8, 6)
+    for block in model.action_head.model.transformer_blocks:
         block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[3] if inputs[1] is not None else None))
     features = torch.randn(1, 6, 64)
     v = model.velocity(features, kinds, state, x, torch.zeros(1), torch.tensor([0]))

@@ -17,7 +17,8 @@ from common.robot.data_configs import DATA_CONFIGS, DataConfig, modes
 from common.robot.demonstrations import Demonstrations, make_metadata, raw_columns, read_mixture
 from common.robot.fetch_robot import STATE, FetchRobot, misfit, slices, state_vector
 from common.robot.gr00t_n15 import GR00T, GR00TConfig
-from common.robot.policy import About, Interface, Policy, euler, model_folder, model_tokenizer, read_stored, save_policy
+from common.robot.interface import Interface, model_tokenizer
+from common.robot.policy import About, Policy, euler, model_folder, read_stored, save_policy
 from common.robot.transforms import decode_actions, encode, pad, prompt, to_device, transform_images
 
 FETCH = DATA_CONFIGS["fetch"]

@@ -180,14 +180,11 @@ class Demonstrations:
         """metadata: statistics and description of every key of the config; embodiment: row of the embodiment layers."""
         self.sets, self.config, self.metadata = sets, config, metadata
         self.interface = make_interface(config, metadata, embodiment, about)
-        self.videos: list[
-            tuple[np.ndarray, list[Path]]
-        ] = []  # of each set: place of each row in its files, one a camera
+        # of each set: the place of each row (N,) in its files, one a camera
+        self.videos: list[tuple[np.ndarray, list[Path]]] = []
         self.instructions: list[str] = []
         self.episodes: list[Episode] = []
-        self.text = np.concatenate(
-            [self.number_instructions(episodes) for episodes in sets]
-        )  # (N,) instruction's number
+        self.text = np.concatenate([self.number_instructions(one) for one in sets])  # (N,) instruction's number
         offset = 0
         for n, episodes in enumerate(sets):
             starts = (episodes.starts + offset).tolist()

@@ -81,6 +81,12 @@ class HeadConfig:
     vlm_file: ClassVar[str]  # the file for them, where they are not `vlm_sizes`, the published ones
     vlm_sizes: ClassVar[dict]
     vlm_schema: ClassVar[type]
+    toys: ClassVar[dict]  # fields of toy models
+
+    @classmethod
+    def lite(cls, instruction_vocab: int = 272, **changes):
+        """The same head at toy width; the backbone is a learned table of instruction tokens, there are no images."""
+        return cls(**(cls.toys | dict(instruction_vocab=instruction_vocab) | changes))
 
     @property
     def width(self) -> int:
@@ -234,17 +240,9 @@ class Network(nn.Module):
             features, mask = self.backbone(batch)
         return self.process_backbone(features, mask), mask
 
-    def velocity(
-        self,
-        features: Tensor,
-        mask: Tensor | None,
-        state: Tensor,
-        x_t: Tensor,
-        t: Tensor,
-        embodiment_id: Tensor,
-        state_dropped: Tensor | None = None,
-    ) -> Tensor:
-        return self.action_head.velocity(features, mask, state, x_t, t, embodiment_id, state_dropped)
+    def velocity(self, *inputs: Tensor | None, **more: Tensor | None) -> Tensor:
+        """That of `ActionHead`, inputs and all."""
+        return self.action_head.velocity(*inputs, **more)
 
     def kinds_of(self, ids: Tensor) -> Tensor | None:
         """What `velocity` takes as the mask (B, S) with the features of prompts without pads."""

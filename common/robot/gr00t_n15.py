@@ -99,7 +99,7 @@ class GR00TConfig(HeadConfig):
     version, title, prefix = "n15", "GR00T N1.5", "eagle_"
     vlm, vlm_file, network = "eagle", "eagle_config.json", "action_head_cfg"
     places, optional, said_twice, published = PLACES, OPTIONAL, SAID_TWICE, PUBLISHED
-    vlm_sizes, vlm_schema = EAGLE, schema_like("eagle_config", EAGLE)
+    vlm_sizes, vlm_schema, toys = EAGLE, schema_like("eagle_config", EAGLE), TOY
 
     @property
     def vl_width(self) -> int:
@@ -125,11 +125,6 @@ class GR00TConfig(HeadConfig):
         text = TEXT | toy | dict(num_key_value_heads=1, head_dim=32, vocab_size=vocab_size)
         eagle = EAGLE | dict(force_image_size=image_size, image_token_index=259, vision_config=vision, text_config=text)
         return cls(**(TOY | dict(select_layer=2, eagle=eagle) | changes))
-
-    @classmethod
-    def lite(cls, instruction_vocab: int = 272, **changes) -> "GR00TConfig":
-        """The same head at toy width; the backbone is a learned table of instruction tokens, there are no images."""
-        return cls(**(TOY | dict(instruction_vocab=instruction_vocab) | changes))
 
     def fixed(self) -> dict[str, object]:
         dit, vl = "diffusion_model_cfg", "vl_self_attention_cfg"

@@ -48,6 +48,8 @@ TEXT |= dict(attention_bias=False, attention_dropout=0, vocab_size=151936, max_p
 # The published checkpoint does not hold the sizes of its vision-language model; a folder may, as backbone_config.json.
 QWEN = dict(model_type="qwen3_vl", image_token_id=151655, video_token_id=151656, vision_start_token_id=151652)
 QWEN |= dict(vision_end_token_id=151653, tie_word_embeddings=True, vision_config=VISION, text_config=TEXT)
+TOY_IDS = dict(vision_start_token_id=265, vision_end_token_id=266, image_token_id=268, video_token_id=269)
+TOY = TOY_HEAD | dict(action_horizon=16, vl_width=64)
 
 DIT, VL = "diffusion_model_cfg", "vl_self_attention_cfg"
 STACK = dict(layers="num_layers", heads="num_attention_heads", head_dim="attention_head_dim")
@@ -86,7 +88,7 @@ class GR00TN17Config(HeadConfig):
     version, title, prefix = "n17", "GR00T N1.7", ""
     vlm, vlm_file, network = "qwen", "backbone_config.json", DIT
     places, optional, published = PLACES, OPTIONAL, PUBLISHED
-    vlm_sizes, vlm_schema = QWEN, schema_like("backbone_config", QWEN)
+    vlm_sizes, vlm_schema, toys = QWEN, schema_like("backbone_config", QWEN), TOY
     num_future_tokens = 0
 
     @property
@@ -121,15 +123,9 @@ class GR00TN17Config(HeadConfig):
         qwen = QWEN | TOY_IDS | dict(vision_config=vision, text_config=text)
         return cls(**(TOY | dict(select_layer=2, qwen=qwen) | changes))
 
-    @classmethod
-    def lite(cls, instruction_vocab: int = 272, **changes) -> "GR00TN17Config":
-        """The same head at toy width; the backbone is a learned table of instruction tokens, there are no images."""
-        return cls(**(TOY | dict(instruction_vocab=instruction_vocab) | changes))
-
     def fixed(self) -> dict[str, object]:
-        fixed = {
-            f"{stack}.{key}": x for stack in (DIT, VL)[: 1 + (self.vl_layers > 0)] for key, x in BOTH_STACKS.items()
-        }
+        stacks = (DIT, VL) if self.vl_layers else (DIT,)
+        fixed = {f"{stack}.{key}": value for stack in stacks for key, value in BOTH_STACKS.items()}
         fixed |= {f"{DIT}.norm_type": "ada_norm", f"{DIT}.interleave_self_attention": True}
         fixed |= {f"{DIT}.output_dim": self.hidden_size, "input_embedding_dim": self.width, "add_pos_embed": True}
         fixed |= dict(use_vlln=True, use_alternate_vl_dit=True)
@@ -170,9 +166,6 @@ class GR00TN17Config(HeadConfig):
         config = super().to_json() | {"use_vl_self_attention": self.vl_layers > 0}
         return config if self.vl_layers else config | {VL: None}
 
-
-TOY_IDS = dict(vision_start_token_id=265, vision_end_token_id=266, image_token_id=268, video_token_id=269)
-TOY = TOY_HEAD | dict(action_horizon=16, vl_width=64)
 
 # ---- backbone --------------------------------------------------------------------------------------------------------
 

@@ -133,11 +133,14 @@ class Interface:
         if instruction not in self.prompts:
             if len(self.prompts) > 10_000:  # a client that never says the same twice
                 self.prompts.clear()
-            views = len(self.config.video)
-            # a model without cameras (lite) reads the bare instruction
-            words = transforms.prompt(instruction, views, self.image_tokens, self.form) if views else instruction
-            self.prompts[instruction] = np.array(self.tokenizer(words, add_special_tokens=False).input_ids, np.int64)
+            self.prompts[instruction] = np.array(self.tokenized(instruction), np.int64)
         return self.prompts[instruction]
+
+    def tokenized(self, instruction: str) -> list[int]:
+        views = len(self.config.video)
+        # a model without cameras (lite) reads the bare instruction
+        words = transforms.prompt(instruction, views, self.image_tokens, self.form) if views else instruction
+        return self.tokenizer(words, add_special_tokens=False).input_ids
 
     def see(self, observation: dict[str, Any]) -> dict[str, torch.Tensor]:
         """What the model sees of an observation, see `batch`."""

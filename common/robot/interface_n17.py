@@ -297,19 +297,19 @@ class InterfaceN17(Interface):
             flat |= {f"{prefix}{key}": x for key, x in parts.items()} if isinstance(parts, dict) else {kind: parts}
         return flat
 
-    def tokens(self, instruction: str) -> np.ndarray:
-        """The prompt's token ids, one for each image."""
-        if instruction not in self.prompts:
-            if len(self.prompts) > 10_000:  # a client that never says the same twice
-                self.prompts.clear()
-            images = len(self.config.video) * len(self.config.video_steps)
-            words = clean(instruction) if self.processor.formalize_language else instruction
-            # a model without cameras (lite) reads the bare instruction
-            ids = self.tokenizer(prompt(words, images) if images else words, add_special_tokens=False).input_ids
-            if images and ids.count(self.image_id) != images:
-                raise ValueError(f"the instruction {instruction[:80]!r} holds image tokens")
-            self.prompts[instruction] = np.array(ids, np.int64)
-        return self.prompts[instruction]
+    @property
+    def views(self) -> int:
+        """Pictures of an observation: of every camera, at every time that is seen."""
+        return len(self.config.video) * len(self.config.video_steps)
+
+    def tokenized(self, instruction: str) -> list[int]:
+        """With one id for each picture, which `batch` repeats."""
+        words = clean(instruction) if self.processor.formalize_language else instruction
+        words = prompt(words, self.views) if self.views else words  # lite: the bare instruction
+        ids = self.tokenizer(words, add_special_tokens=False).input_ids
+        if self.views and ids.count(self.image_id) != self.views:
+            raise ValueError(f"the instruction {instruction[:80]!r} holds image tokens")
+        return ids
 
     def image_tokens(self, height: int, width: int) -> int:
         """Tokens of a picture that was recorded in this size."""
@@ -321,8 +321,7 @@ class InterfaceN17(Interface):
         return self.sizes[height, width]
 
     def prompt_length(self, instruction: str, shape: tuple[int, ...] = ()) -> int:
-        images = len(self.config.video) * len(self.config.video_steps)
-        return len(self.tokens(instruction)) + (images * (self.image_tokens(*shape[1:3]) - 1) if images else 0)
+        return len(self.tokens(instruction)) + (self.views * (self.image_tokens(*shape[1:3]) - 1) if self.views else 0)
 
     def reduce(self, frame: np.ndarray, side: int) -> np.ndarray:
         """By the first steps of `transform_images`: proportions stay, and the published size is made but once."""

@@ -32,7 +32,7 @@ from common.robot.files import find_folder
 from common.robot.gr00t import ELSE, FILES, HINT, Network
 from common.robot.gr00t_n15 import EMBODIMENTS, GR00T
 from common.robot.gr00t_n17 import GR00TN17
-from common.robot.interface import Interface, model_tokenizer  # noqa: F401
+from common.robot.interface import Interface
 from common.robot.interface_n17 import InterfaceN17
 from common.robot.lerobot import STATISTICS
 from common.robot.lora import LoRALinear, adapter_tensors, add_lora, merged
