@@ -79,6 +79,11 @@ BASE = {
     "learning_rate": 3e-4, "rewards": "binary", "max_completion_length": 16,
 }  # fmt: skip
 SHORT = {"epochs": 40, "eval_every": 40}
+# a real pretrained model (assets/get_smollm2.py): 20 steps of 64 completions, evaluated before and after
+REAL = {
+    "model_name": "assets/smollm2-135m", "n_samples": 8, "epochs": 20, "batch_size": 64, "num_generations": 8,
+    "max_completion_length": 8, "learning_rate": 2e-5, "eval_every": 0, "eval_samples": 2,
+}  # fmt: skip
 
 
 def fixed(n: int, steps: int) -> dict:
@@ -94,6 +99,10 @@ def cut(characters: str) -> tuple[tuple[str, str], ...]:
 
 def generations(G: int) -> Setting:
     return Setting(str(G), {"num_generations": G, "n_samples": 256 // G})
+
+
+def real(name: str, edits=(), **flags) -> Setting:
+    return Setting(name, REAL | flags, edits)
 
 
 def mixture(name, tasks=("arithmetic", "words", "comparison"), proportions=(2, 1, 1), **flags) -> Setting:
@@ -258,6 +267,22 @@ GRIDS: dict[str, tuple[str, list[Setting]]] = {
             ),
         ],
     ),
+    "smollm2_learning_rate": (
+        "SmolLM2-135M-Instruct, 20 steps: which learning rate?",
+        [real("2e-5"), *(real(lr, learning_rate=float(lr)) for lr in ("5e-6", "1e-4"))],
+    ),
+    "smollm2_beta": (
+        "SmolLM2-135M-Instruct, 20 steps: does it need a KL penalty, and with which gradient?",
+        [real("k3 0.1"), real("0", beta=0.0), real("reverse 0.1", kl_gradient="reverse")],
+    ),
+    "smollm2_misaligned": (
+        "SmolLM2-135M-Instruct, 20 steps of at most 16 tokens: the research code's cut on a model that goes on talking, so "
+        "that something stands where it looks",
+        [
+            real("aligned", max_completion_length=16),
+            real("cut at len(prompt)", cut("len(problem.prompt)"), max_completion_length=16),
+        ],
+    ),
 }  # fmt: skip
 
 # ---- 2. One run ------------------------------------------------------------------------------------------------------
@@ -405,6 +430,9 @@ def evaluations_of(metrics: list[dict], answers: list[dict], validation: set[str
             entry[f"{name}_k"] = round(sum(a["accuracy"] for a in mine), 4)  # of n problems, by their mean over samples
             entry[f"{name}_n"] = len(mine)
             entry[f"{name}_greedy_k"] = sum(extract_answer(a["greedy"]) == a["expected"] for a in mine)
+        texts = [a["sample"].strip() for a in answers if a["step"] == row["step"]]
+        entry["number_first"] = sum(bool(re.match(r"[-+]?\d", text)) for text in texts)  # of validation_n + eval_n
+        entry["number_alone"] = sum(bool(re.fullmatch(r"[-+]?\d+", text)) for text in texts)
         tasks = {k: short(v) for k, v in row.items() if re.fullmatch(TASK_METRIC, k)}
         yes = [a["accuracy"] for a in answers if a["step"] == row["step"] and a["expected"] == "yes"]
         tasks |= {"comparison_yes": short(float(np.mean(yes)))} if yes else {}
