@@ -548,10 +548,10 @@ def do_nothing(action_space):
     return lambda x: np.repeat(zero[None], len(x), axis=0)
 
 
-def play(act, envs: VectorEnv, args: Args, draw=None) -> list[dict]:
-    """One episode in each of `envs`, always the same starts; draw() is called before every step."""
+def play(act, envs: VectorEnv, seed: int, args: Args, draw=None) -> list[dict]:
+    """One episode in each of `envs`, always the same starts (`seed` on); draw() is called before every step."""
     n = envs.num_envs
-    group = Group(envs, slice(0, n), [args.eval_seed + i for i in range(n)], args)
+    group = Group(envs, slice(0, n), [seed + i for i in range(n)], args)
     first: dict[int, dict] = {}  # an environment's first episode; later ones may be cut off by the end
     while len(first) < n:
         sim.heed()
@@ -563,21 +563,22 @@ def play(act, envs: VectorEnv, args: Args, draw=None) -> list[dict]:
     return [first[i] for i in range(n)]
 
 
-def evaluate(act, envs, args: Args) -> dict[str, float]:
+def evaluate(act, envs, args: Args, name: str = "eval") -> dict[str, float]:
     """Success is that of the last step; `once` counts episodes that were at the goal in any step."""
-    return sim.summary(play(act, envs, args), "eval")
+    seed = {"eval": args.eval_seed, "validation": sim.VALIDATION_SEED}[name]
+    return sim.summary(play(act, envs, seed, args), name)
 
 
 def measure(run: Run, step: int, act, envs, state: dict, args: Args) -> dict[str, float]:
-    """Evaluates; remembers the result and the best (success, then return); ends the run where that was asked for."""
-    found = sim.unless_stopped(run, state, lambda: evaluate(act, envs, args))
+    """Evaluates, to report it, and validates, which picks the best (success, then return) and may end the run."""
+    found = sim.unless_stopped(run, state, lambda: evaluate(act, envs, args) | evaluate(act, envs, args, "validation"))
     if state.get("owed"):
         return {}
     state["last"] = metrics = found
-    success = metrics.get("eval/success_rate", 0.0)
+    success = metrics.get("validation/success_rate", 0.0)
     state["streak"] = state["streak"] + 1 if args.stop_success and success >= args.stop_success else 0
     if run.world.main:
-        run.is_best(step, success, metrics["eval/episodic_return"])
+        run.is_best(step, success, metrics["validation/episodic_return"])
     if run.world.any(state["streak"] >= 3)[0]:
         run.end()
     return metrics
@@ -591,7 +592,7 @@ def record_video(path: Path, act, args: Args) -> list[dict]:
     size = {"width": 240, "height": 240} if fetch.is_fetch(args.env_id) else {}
     envs = sim.make_envs(args, args.video_episodes, "gymnasium", evaluation=True, render_mode="rgb_array", **size)
     frames: list[tuple] = []  # step -> environment -> picture
-    episodes = play(act, envs, args, draw=lambda: frames.append(envs.render()))
+    episodes = play(act, envs, args.eval_seed, args, draw=lambda: frames.append(envs.render()))
     film = [frame[e["env"]] for e in episodes for frame in frames[: e["length"]]]
     write_mp4(path, film, envs.metadata.get("render_fps", 25))
     envs.close()

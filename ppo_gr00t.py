@@ -715,32 +715,33 @@ def plain_flow(agent: Agent, robot: FetchRobot, args: Args):
     return act
 
 
-def play(act, envs: fetch.FetchVec, args: Args, draw=None) -> list[dict]:
-    """One episode in each of `envs`, always the same starts and the same x_0; draw() is called after every step."""
+def play(act, envs: fetch.FetchVec, seed: int, args: Args, draw=None) -> list[dict]:
+    """One episode in each of `envs`, always the same starts (`seed` on) and x_0; draw() is called after every step."""
     n = envs.num_envs
-    group = Group(envs, slice(0, n), [args.eval_seed + i for i in range(n)], args)
-    x_0, episodes = torch_stream(args.eval_seed, "x_0"), []
+    group = Group(envs, slice(0, n), [seed + i for i in range(n)], args)
+    x_0, episodes = torch_stream(seed, "x_0"), []
     while len(episodes) < n:
         sim.heed()
         episodes += play_chunk(group, act(group, x_0), args, draw)[2]
     return episodes
 
 
-def evaluate(act, envs, args: Args) -> dict[str, float]:
+def evaluate(act, envs, args: Args, name: str = "eval") -> dict[str, float]:
     """Success is that of the last step; `once` counts episodes that were at the goal in any step."""
-    return sim.summary(play(act, envs, args), "eval")
+    seed = {"eval": args.eval_seed, "validation": sim.VALIDATION_SEED}[name]
+    return sim.summary(play(act, envs, seed, args), name)
 
 
 def measure(run: Run, step: int, act, envs, state: dict, args: Args) -> dict[str, float]:
-    """Evaluates; remembers the result and the best (success, then return); ends the run where that was asked for."""
-    found = sim.unless_stopped(run, state, lambda: evaluate(act, envs, args))
+    """Evaluates, to report it, and validates, which picks the best (success, then return) and may end the run."""
+    found = sim.unless_stopped(run, state, lambda: evaluate(act, envs, args) | evaluate(act, envs, args, "validation"))
     if state.get("owed"):
         return {}
     state["last"] = metrics = found
-    success = metrics.get("eval/success_rate", 0.0)
+    success = metrics.get("validation/success_rate", 0.0)
     state["streak"] = state["streak"] + 1 if args.stop_success and success >= args.stop_success else 0
     if run.world.main:
-        run.is_best(step, success, metrics["eval/episodic_return"])
+        run.is_best(step, success, metrics["validation/episodic_return"])
     if run.world.any(state["streak"] >= 3)[0]:
         run.end()
     return metrics
@@ -759,7 +760,7 @@ def record_video(path: Path, act, args: Args) -> list[dict]:
         arrays = envs.get_state()[0]
         frames.append([camera.draw(physics, goal) for physics, goal in zip(arrays["physics"], arrays["goal"])])
 
-    episodes = play(act, envs, args, draw)
+    episodes = play(act, envs, args.eval_seed, args, draw)
     film = np.concatenate([[frame[i] for frame in frames] for i in range(args.video_episodes)])
     write_mp4(path, film, fps=25, beside=path.with_name("step-000000000.mp4"))
     envs.close()

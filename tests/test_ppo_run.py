@@ -401,7 +401,7 @@ def test_do_nothing_is_measured_and_the_interval_holds(run):
 def test_eval_only_and_init_from_use_the_saved_policy_and_refuse_foreign_ones(run, capsys):
     _, folder = run(**FETCH)
     wanted = [row for row in rows(folder) if "eval/success_rate" in row]
-    best = max(wanted, key=lambda r: (r["eval/success_rate"], r["eval/episodic_return"]))
+    best = max(wanted, key=lambda r: (r["validation/success_rate"], r["validation/episodic_return"]))
     assert (folder / "best").exists() == (best["step"] > 0)  # what was not trained yet is not saved
     if best["step"] == 0:
         best = wanted[-1]
@@ -451,7 +451,7 @@ def test_a_stopped_run_saves_and_names_the_command_that_continues_it(run, monkey
     assert code == 0 and timeless(folder) == timeless(whole)
 
 
-@pytest.mark.parametrize("which, step", [(3, 160), (4, 320)], ids=["between", "the last"])
+@pytest.mark.parametrize("which, step", [(5, 160), (6, 320)], ids=["the validation between", "the last evaluation"])
 def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_up_for_it(which, step, run, monkeypatch):
     """An evaluation may last: it does not wait for its end, and what it would have found is found later."""
     whole = run(**FETCH)[1]
@@ -459,7 +459,7 @@ def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_up_for_it(which, 
 
     def interrupted(*args):
         calls.append(1)
-        if len(calls) == which:  # doing nothing, before training, after 2 iterations, after 4
+        if len(calls) == which:  # doing nothing; evaluation and validation before training, after 2 iterations, after 4
             os.kill(os.getpid(), signal.SIGTERM)
             monkeypatch.setattr(ppo_fetch, "finish_step", lambda *a: steps.append(1) or finish(*a))
         return play(*args)
@@ -491,7 +491,7 @@ def test_a_signal_ends_a_video_which_is_left_out_and_the_next_is_not(run, monkey
 
     def record(path):
         envs = sim.make_envs(args, 2, "gymnasium", evaluation=True)
-        filmed.append(ppo_fetch.play(act, envs, args, draw=lambda: None))
+        filmed.append(ppo_fetch.play(act, envs, 0, args, draw=lambda: None))
         return []
 
     made = Run()
@@ -511,6 +511,33 @@ def test_a_run_may_end_when_it_has_succeeded_three_times(run):
     assert code == 0
     # evaluations at 0, 80 and 160 steps; the run has 200 iterations
     assert rows(folder)[-1]["step"] == 160 and (folder / "last" / "model.safetensors").exists()
+
+
+def test_validation_picks_the_best_and_may_end_a_run_and_evaluation_does_neither(run, monkeypatch):
+    """Here evaluations succeed, from the first one on, and validations get better."""
+    seeds = []
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            seeds.append(seed)
+            self.reported = 100_000 <= seed < 100_002
+            self.reward = -1.0 if self.reported else float(len(seeds))
+        return ConstantReward.reset(self, seed=seed)
+
+    def step(self, action):
+        obs, _, *ends, _ = ConstantReward.step(self, action)
+        return obs, self.reward, *ends, {"is_success": float(self.reported)}
+
+    monkeypatch.setattr(Solved, "reset", reset)
+    monkeypatch.setattr(Solved, "step", step)
+    flags = GYM | dict(eval_every=1, num_envs=4, num_steps=10, hidden=8, total_timesteps=160, stop_success=0.9)
+    code, folder = run(env_id="ProbeSolved-v0", **flags)
+    assert code == 0 and [row["eval/success_rate"] for row in rows(folder)] == [1.0] * 5
+    assert [row["validation/success_rate"] for row in rows(folder)] == [0.0] * 5
+    assert (folder / "best").resolve().name == "step-000000160"
+    validation = set(range(sim.VALIDATION_SEED, sim.VALIDATION_SEED + 2))
+    assert set(seeds) > validation | {100_000, 100_001}
+    assert len(set(seeds)) == 4 + 4 + 1  # of training, and of a look before it: all others
 
 
 @pytest.mark.parametrize("num_minibatches, base", [(2, FETCH), (40, FETCH), (2, GROUPS)], ids=["2", "40", "group"])

@@ -52,12 +52,17 @@ class SimArgs(RunArgs):
 
     # evaluation
     eval_every: Natural = 10  # iterations between evaluations, 0: only at the end
-    eval_episodes: Count = 100  # episodes of an evaluation, always the same ones, without exploration
+    eval_episodes: Count = 100
+    """episodes of an evaluation, always the same ones, without exploration; and as many of the validation, from starts
+    of their own, which alone picks the best checkpoint"""
     eval_seed: Annotated[int, Interval(ge=0, lt=2**31)] = 100_000  # seed of the first evaluation episode
-    stop_success: Share = 0.0  # end the run once three evaluations in a row have at least this success rate, 0: never
+    stop_success: Share = 0.0  # end the run once three validations in a row have at least this success rate, 0: never
     capture_video: bool = True  # record videos in environments of their own (needs EGL or OSMesa)
     video_every: Natural = 0  # iterations between videos, 0: only at the end
     video_episodes: Count = 2  # episodes in a video
+
+
+VALIDATION_SEED = 3 * 2**30  # of the first validation episode: no --eval-seed comes near
 
 
 def set_up_torch(args: SimArgs) -> None:
