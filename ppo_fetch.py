@@ -75,6 +75,8 @@ class Args(SimArgs):
     num_envs: Count | None = None  # environments N, over all processes; default: by task
     num_steps: Count | None = None
     """steps T that each environment takes in an iteration; default: by task, whole episodes with --advantage group"""
+    grasped_starts: Share = 0.0
+    """FetchPickAndPlace: share of training episodes that begin with the block in the gripper, 0.1 to 0.5"""
     stagger: bool = True
     """start the environments at different ages, so that no batch is all starts or all ends (native backend)"""
 
@@ -624,6 +626,9 @@ def check(args: Args, world: World) -> None:
         spaces.check(args, Args.log_std_init)
     if not args.stagger and args.env_backend != "native":
         fail(f"--no-stagger is for --env-backend native; {args.env_backend} starts all environments at once: drop it")
+    picks = fetch.task_of(args.env_id) == "FetchPickAndPlace" and args.env_backend == "native"
+    if args.grasped_starts and not picks:
+        fail(f"--grasped-starts {args.grasped_starts} is for FetchPickAndPlace-v4, --env-backend native: drop it")
     sim.check_numbers(args, args.num_envs * args.num_steps, world)
     sim.check_groups(args, Args, args.max_episode_steps or 50, world)
     if args.eval_only and not args.init_from:

@@ -112,12 +112,12 @@ def test_numbers_do_not_depend_on_threads_or_on_neighbours(threads):
             np.testing.assert_array_equal(a[0][key][0], b[0][key][2])
 
 
-@pytest.mark.parametrize("task", ["FetchReach", "FetchPickAndPlace"])
-def test_saved_state_continues_to_the_same_bits(task):
+@pytest.mark.parametrize("task, how", [("FetchReach", {}), ("FetchPickAndPlace", {"grasped": 0.5})])
+def test_saved_state_continues_to_the_same_bits(task, how):
     """PickAndPlace's positions lag a substep behind: its welded body's pose has to be part of the state."""
     rng = np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (80, 3, 4)).astype(np.float32)
-    first, second = FetchVec(f"{task}-v4", 3), FetchVec(f"{task}-v4", 3)
+    first, second = FetchVec(f"{task}-v4", 3, **how), FetchVec(f"{task}-v4", 3, **how)
     first.reset(seed=1)
     for a in actions[:30]:
         first.step(a)
@@ -129,6 +129,18 @@ def test_saved_state_continues_to_the_same_bits(task):
     for a in actions[30:]:  # beyond the end of the episode, so that the random streams are compared too
         for x, y in zip(first.step(a), second.step(a)):
             assert_same(x, y)
+
+
+def test_a_share_of_episodes_begins_with_a_block_that_can_be_lifted():
+    envs = FetchVec("FetchPickAndPlace-v4", 40, grasped=0.5)
+    first, _ = envs.reset(seed=0)
+    held = np.linalg.norm(first["achieved_goal"] - first["observation"][:, :3], axis=1) < 0.01
+    assert 10 < held.sum() < 30 and len(np.unique(first["desired_goal"], axis=0)) == 40
+    for _ in range(8):
+        obs, *_ = envs.step(np.tile([0.0, 0.0, 1.0, -0.5], (40, 1)))
+    height = obs["achieved_goal"][:, 2]
+    assert height[held].min() > 0.6 and height[~held].max() < 0.43  # m; the table is at 0.42
+    assert_same(envs.reset(seed=0)[0], first)
 
 
 def test_step_async_lets_two_instances_share_one_pool():

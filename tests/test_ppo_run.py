@@ -283,6 +283,14 @@ def test_staggered_starts_spread_the_ends_over_time():
     assert len(episodes) == 1  # only the one that began at age 0; parts of episodes are not reported
 
 
+def test_grasped_starts_are_for_training_alone():
+    args = reach_args(env_id="FetchPickAndPlace-v4", grasped_starts=1.0)
+    (trained,) = ppo_fetch.make_groups(replace(args, env_groups=1), WORLD)
+    evaluated = Group(sim.make_envs(args, 4, "native", evaluation=True), slice(0, 4), [1, 2, 3, 4], args)
+    away = [np.linalg.norm(group.x[:, -3:], axis=1) for group in (trained, evaluated)]  # of the block, from the gripper
+    assert away[0].max() < 0.01 and away[1].min() > 0.1
+
+
 def test_a_run_logs_what_the_page_documents_and_resumes_to_the_same_bits(run):
     code, whole = run(
         **FETCH | {"num_steps": 15, "total_timesteps": 480}, save_every=2
@@ -572,6 +580,7 @@ def test_two_processes_agree_with_one(num_minibatches, base, run, monkeypatch):
         ({"num_envs": 31}, "--num-envs 30"),
         ({"total_timesteps": 10}, "batch of 800"),
         ({"reward_mode": "sprase"}, "sprase"),
+        ({"grasped_starts": 0.5}, "FetchPickAndPlace-v4"),
         ({"gamma": 1.5}, "--gamma"),
         ({"eval_only": True}, "--init-from"),
         ({"resume": "/nowhere/run"}, "does not exist"),

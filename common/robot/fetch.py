@@ -90,6 +90,8 @@ class FetchVec(VectorEnv):
         num_envs: N.
         num_threads: threads that step physics; default: the cores of this machine.
         pool: a ThreadPoolExecutor to share with other instances instead.
+        grasped: share of episodes that begin with the block in the gripper, for training, as the tasks' authors did
+            (half of them, arXiv 1707.01495). Above 0 a random stream draws other starts than gymnasium's.
         make_kwargs: passed to `gym.make` (reward_type, max_episode_steps).
 
     Observations are {"observation": (N, 10 or 25), "achieved_goal": (N, 3), "desired_goal": (N, 3)} float64 in metres
@@ -101,7 +103,9 @@ class FetchVec(VectorEnv):
     Source: gymnasium-robotics 1.4.2, envs/fetch; tests/test_fetch.py holds both to the same bits.
     """
 
-    def __init__(self, env_id: str, num_envs: int, num_threads: int | None = None, *, pool=None, **make_kwargs):
+    def __init__(
+        self, env_id: str, num_envs: int, num_threads: int | None = None, *, pool=None, grasped=0.0, **make_kwargs
+    ):
         if not is_fetch(env_id):
             raise ValueError(f"FetchVec steps {', '.join(f'{task}-v4' for task in TASKS)}, not {env_id}")
         import_robotics()
@@ -157,6 +161,8 @@ class FetchVec(VectorEnv):
         self._gripper = np.zeros((num_envs,))
         self._now, self._last = self._buffers(), self._buffers()  # raw readings: of this state, of a finished episode
 
+        self._grasped, self._grasp = grasped, self._grasp_block() if grasped else None
+
     def _buffers(self) -> dict[str, np.ndarray]:
         shapes = {"grip": 3, "grip_velp": 3, "finger": 2, "finger_vel": 2}
         if self._has_object:
@@ -184,20 +190,42 @@ class FetchVec(VectorEnv):
         mujoco.mj_kinematics(self._model, d)
         mujoco.mj_comPos(self._model, d)  # the Jacobians need it
 
+    def _rest(self, d, block: np.ndarray | None) -> None:
+        """The robot as every episode begins, and the block (where there is one) at these x and y on the table."""
+        mujoco.mj_resetData(self._model, d)
+        d.time, d.qpos[:], d.qvel[:] = self._env.initial_time, self._env.initial_qpos, self._env.initial_qvel
+        if block is not None:
+            d.qpos[self._object_qpos : self._object_qpos + 2] = block
+        self._positions(d)
+
+    def _grasp_block(self) -> np.ndarray:
+        """The simulator's state where the gripper, from where it begins, has gone down to the block and closed."""
+        d, kind = self._data[0], mujoco.mjtState.mjSTATE_INTEGRATION
+        self._rest(d, self._env.initial_gripper_xpos[:2])
+        for self._gripper[0], steps in ((1.0, 15), (-1.0, 5)):
+            for _ in range(steps):
+                away = d.site_xpos[self._object] - d.site_xpos[self._grip]
+                self._displacement[0] = away.clip(-0.02, 0.02)  # m, slowly: the fingers open on the way
+                self._step_one(0)
+        state = np.zeros(mujoco.mj_stateSize(self._model, kind))
+        mujoco.mj_getState(self._model, d, state, kind)
+        return state
+
     def _reset_one(self, i: int) -> None:
         """Draws block and goal in the order of the original (the random stream is part of the contract)."""
         m, d, env = self._model, self._data[i], self._env
         if self._rng[i] is None:
             self._rng[i], self._seeds[i] = seeding.np_random()
         rng, center = self._rng[i], env.initial_gripper_xpos
-        mujoco.mj_resetData(m, d)
-        d.time, d.qpos[:], d.qvel[:] = env.initial_time, env.initial_qpos, env.initial_qvel
-        if self._has_object:
-            xy = center[:2]
-            while np.linalg.norm(xy - center[:2]) < 0.1:
+        if self._grasped and rng.uniform() < self._grasped:
+            mujoco.mj_resetData(m, d)
+            mujoco.mj_setState(m, d, self._grasp, mujoco.mjtState.mjSTATE_INTEGRATION)
+            self._positions(d)
+        else:
+            xy = center[:2] if self._has_object else None
+            while self._has_object and np.linalg.norm(xy - center[:2]) < 0.1:
                 xy = center[:2] + rng.uniform(-env.obj_range, env.obj_range, size=2)
-            d.qpos[self._object_qpos : self._object_qpos + 2] = xy
-        self._positions(d)
+            self._rest(d, xy)
         goal = center[:3] + rng.uniform(-env.target_range, env.target_range, size=3)
         if self._has_object:
             goal += env.target_offset

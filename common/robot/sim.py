@@ -153,7 +153,8 @@ def make_envs(
         return tensor_envs(args.env_id, num_envs)
     kwargs |= spaces.limit(args.max_episode_steps)
     if backend == "native":
-        return fetch.FetchVec(args.env_id, num_envs, args.num_threads, pool=pool, **kwargs)
+        grasped = 0.0 if evaluation else args.grasped_starts
+        return fetch.FetchVec(args.env_id, num_envs, args.num_threads, pool=pool, grasped=grasped, **kwargs)
     wrappers = [spaces.deaf] if backend == "gymnasium-async" else []
     if fetch.is_fetch(args.env_id):
         fetch.import_robotics()
