@@ -329,29 +329,26 @@ def completion_mask(completion_ids: torch.Tensor, eos_ids: list[int]) -> torch.T
 
 
 def tempered(logits: torch.Tensor, temperature: float, vocab_size: int | None) -> torch.Tensor:
-    """(..., V) logits of the distribution that is sampled and trained: over T, ids beyond the tokenizer at -inf."""
+    """(..., V) logits -> (..., vocab_size) of what is sampled and trained: over T, no ids beyond the tokenizer."""
+    logits = logits[..., :vocab_size]
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    if temperature > 0:
-        logits = logits / temperature  # eq: pi_T(a) = softmax(logits / T)_a
-    if vocab_size is not None and vocab_size < logits.shape[-1]:
-        logits = logits.index_fill(-1, torch.arange(vocab_size, logits.shape[-1], device=logits.device), -torch.inf)
-    return logits
+    return logits / temperature if temperature > 0 else logits  # eq: pi_T(a) = softmax(logits / T)_a
 
 
 def token_logprobs(
-    model, prompt_ids, prompt_lengths, completion_ids, mask, *, temperature, vocab_size=None, share_prompt=None
+    model, prompt_ids, prompt_lengths, completion_ids, mask, *, temperature, vocab_size=None, share_prompt=None, H=True
 ):
     """Log-prob of every completion token under the tempered policy.
 
     prompt_ids (P, L) padded on the right, prompt_lengths (P,), completion_ids (B, T), mask (B, T) bool whose True part
     is a prefix of each row; rows of one prompt are consecutive. share_prompt: see hidden_before.
-    Returns logprobs (B, T) float32, 0 where masked, and entropy (B, T) float32, 0 where masked, without gradient.
+    Returns logprobs (B, T) float32, 0 where masked, and if H entropies (B, T), so too, without gradient, else None.
     """
     hidden = lm.hidden_before(model, prompt_ids, prompt_lengths, completion_ids, mask, share_prompt)  # (N, d)
     temper = partial(tempered, temperature=temperature, vocab_size=vocab_size)
-    logp, H = lm.head_logprobs(model, hidden, completion_ids[mask], temper)  # (N,), (N,)
     where = mask.nonzero(as_tuple=True)
-    return logp.new_zeros(mask.shape).index_put(where, logp), H.new_zeros(mask.shape).index_put(where, H)
+    found = lm.head_logprobs(model, hidden, completion_ids[where], temper, H)  # (N,), (N,)
+    return tuple(x if x is None else x.new_zeros(mask.shape).index_put(where, x) for x in found)
 
 
 def grpo_loss(
@@ -443,15 +440,15 @@ def update(policy, reference, optimizer, roll, advantages, args: Args, world: Wo
     settings = {name: getattr(args, name) for name in names}
     settings |= {"num_loss_tokens": num_loss_tokens, "num_sequences": args.batch_size}  # of the whole step
 
-    def logprobs_under(model, prompts, rows):
+    def logprobs_under(model, prompts, rows, H=True):
         packed = prompt_ids[prompts], prompt_lengths[prompts], roll.ids[rows], mask[rows]
         with policy.autocast():
-            return model.token_logprobs(*packed, temperature=args.temperature, **policy.scoring)
+            return model.token_logprobs(*packed, temperature=args.temperature, H=H, **policy.scoring)
 
     ref_logprobs, old_logprobs = [None] * len(parts), []
     if reference is not None:
         with torch.no_grad(), reference.loaded() as model:
-            ref_logprobs = [logprobs_under(model, *part)[0] for part in parts]
+            ref_logprobs = [logprobs_under(model, *part, H=False)[0] for part in parts]
     sums, skipped, parameters = Sums(), 0, list(policy.model.parameters())
     policy.model.train(args.gradient_checkpointing)  # transformers recomputes in train mode only; dropout is off anyway
     trained = [None] * len(parts)
@@ -499,7 +496,6 @@ def sample_tokens(logits, uniform, temperature, vocab_size=None):
         tokens = logp.argmax(-1)
     else:
         tokens = inverse_cdf(logp.exp(), uniform)  # eq: a = min { a : sum_{b <= a} pi(b) > u }
-        tokens = tokens.clamp(max=(vocab_size or logits.shape[-1]) - 1)
     return tokens, logp.gather(-1, tokens[:, None])[:, 0]
 
 

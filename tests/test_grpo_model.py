@@ -6,10 +6,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, make_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.language import probe
 from common.language.decode import inverse_cdf, pad_right
-from common.language.lm import head_logprobs, load_model, micro_batches, sampling_copy, stop_token_ids, swapped
+from common.language.lm import (
+    head_logprobs,
+    hidden_before,
+    load_model,
+    micro_batches,
+    sampling_copy,
+    stop_token_ids,
+    swapped,
+)
 from grpo_arithmetic import (
     Args,
     completion_mask,
@@ -123,6 +132,80 @@ def test_entropy_is_that_of_the_tempered_distribution_within_the_tokenizer():
     assert entropy[0, 0].item() == pytest.approx(
         torch.distributions.Categorical(logits=logits).entropy().item(), abs=1e-4
     )
+
+
+class Calls(TorchDispatchMode):
+    """What ran: (name of the operation, shape of its result), and what a GPU's host would have had to wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.waits = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.found.append((func.name().partition(".")[0].removeprefix("aten::"), getattr(out, "shape", ())))
+        masks = [x for x in args[1] if x is not None and x.dtype == torch.bool] if "index" in func.name() else []
+        if masks or any(name in func.name() for name in ("nonzero", "_local_scalar_dense")):
+            self.waits.append(func.name())
+        return out
+
+
+def test_ids_beyond_the_tokenizer_are_cut_off_which_changes_neither_logprobs_nor_gradients():
+    """The definition: they have a logit of -inf. No pass over (n, V) but the product sees them, nor are entropies made
+    where nobody asks, as the reference's."""
+    model = make_model()
+    ids, mask, _ = rollout(model)
+
+    def filled(logits):
+        return (logits / 0.7).index_fill(-1, torch.arange(259, VOCAB), -torch.inf)
+
+    hidden = hidden_before(model, *pad_right(PROMPTS, 256, CPU), ids, mask).detach().requires_grad_(True)
+    found = []
+    for temper in (filled, partial(tempered, temperature=0.7, vocab_size=259)):
+        model.zero_grad()
+        logp, _ = head_logprobs(model, hidden, ids[mask], temper, entropy=False)
+        (logp * torch.linspace(-1, 1, len(logp))).sum().backward()
+        found.append((logp, hidden.grad.clone(), model.lm_head.weight.grad.clone()))
+        hidden.grad = None
+    for a, b in zip(*found):  # bit for bit where sums over 264 and 259 numbers are taken in one order
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+    passes = {}
+    for H in (True, False):
+        with torch.no_grad(), Calls() as calls:
+            _, entropy = train_logprobs(model, ids, mask, H=H)
+        assert (entropy is None) == (not H)
+        wide = {V: [name for name, shape in calls.found if tuple(shape) == (int(mask.sum()), V)] for V in (VOCAB, 259)}
+        assert wide[VOCAB] == ["mm"]
+        passes[H] = wide[259]
+    assert passes == {H: ["slice", "div", "_log_softmax"] + H * ["exp", "mul"] for H in (True, False)}
+
+
+@pytest.mark.parametrize("share_prompt", [None, True, False])
+def test_the_host_asks_the_device_a_few_times_whatever_is_packed(share_prompt):
+    """Each wait empties the GPU's queue: lengths of rows, where tokens are fed, and where they are scored."""
+    model = make_model()
+    ids, mask, _ = rollout(model)
+    prompt_ids, lengths = pad_right(PROMPTS, 256, CPU)
+    with torch.no_grad(), Calls() as calls:
+        token_logprobs(model, prompt_ids, lengths, ids, mask, temperature=0.7, share_prompt=share_prompt)
+    assert 3 <= len(calls.waits) <= 5, calls.waits
+
+
+def test_under_autocast_the_mask_has_the_dtype_of_the_layers(monkeypatch):
+    model, seen = make_model(), []
+    ids, mask, _ = rollout(model)
+    forward = model.base_model.forward
+
+    def spy(**inputs):
+        seen.append(inputs["attention_mask"].dtype)
+        return forward(**inputs)
+
+    monkeypatch.setattr(model.base_model, "forward", spy)
+    for low in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            train_logprobs(model, ids, mask, share_prompt=True)
+    assert seen == [torch.bfloat16, torch.float32]
 
 
 def test_chunked_head_equals_the_whole_head_in_value_and_gradient():

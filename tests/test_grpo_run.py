@@ -159,9 +159,17 @@ def test_streams_of_a_run_and_of_its_neighbour_differ_but_for_those_of_the_evalu
     assert len(set(value % 2**64 for value in seeds)) == len(seeds), "also as keys of the sampling noise"
 
 
-def test_one_seed_gives_one_run_and_another_seed_another(run):
+def test_one_seed_gives_one_run_and_another_seed_another(run, monkeypatch):
+    asked, head = set(), grpo.lm.head_logprobs
+
+    def spy(model, hidden, targets, temper, entropy):
+        asked.add((torch.is_grad_enabled(), entropy))
+        return head(model, hidden, targets, temper, entropy)
+
+    monkeypatch.setattr(grpo.lm, "head_logprobs", spy)
     first, second, other = (timeless(run(epochs=2, seed=seed)[1]) for seed in (1, 1, 2))
     assert first == second != other
+    assert asked == {(True, True), (False, False)}, "entropies of the policy; nobody reads the reference's"
 
 
 @pytest.mark.parametrize(

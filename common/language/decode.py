@@ -68,7 +68,7 @@ def inverse_cdf(p: torch.Tensor, uniform: torch.Tensor, block: int = 128) -> tor
     inside = blocks.gather(1, chosen[:, :, None].expand(-1, -1, block))[:, 0].cumsum(-1)  # (B, block)
     # what rounding adds or takes must not lead to an id of probability 0 at either end of the block
     rest = rest.clamp(min=0).minimum(inside[:, -1:] * (1 - 2**-23))
-    return (chosen * block + first_above(inside, rest))[:, 0]
+    return (chosen * block + first_above(inside, rest))[:, 0].clamp(max=p.shape[-1] - 1)
 
 
 class RowCacheLayer(CacheLayerMixin):

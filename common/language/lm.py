@@ -174,7 +174,7 @@ def hidden_before(model, prompt_ids, prompt_lengths, completion_ids, mask, share
     (B, T), P, device = completion_ids.shape, len(prompt_ids), completion_ids.device
     lengths = mask.sum(1)  # (B,)
     if share_prompt is None:
-        share_prompt = int(prompt_lengths.max()) + int(lengths.view(P, -1).sum(1).max()) <= 1024
+        share_prompt = int(prompt_lengths.max() + lengths.view(P, -1).sum(1).max()) <= 1024
     if not share_prompt:
         prompt_ids = prompt_ids.repeat_interleave(B // P, 0)
         prompt_lengths = prompt_lengths.repeat_interleave(B // P)
@@ -186,13 +186,15 @@ def hidden_before(model, prompt_ids, prompt_lengths, completion_ids, mask, share
     offset = (prompt_lengths[:, None] + fed.cumsum(1) - fed).view(B, 1)  # column of each completion's first token
     S = int((prompt_lengths + fed.sum(1)).max())
     t = torch.arange(T, device=device)
-    is_fed = t < fed.view(B, 1)  # (B, T)
     row = torch.arange(R, device=device).repeat_interleave(g)[:, None].expand(B, T)  # (B, T) row of each completion
+    # where there is a token to feed: a mask as an index would ask the device for its size at every use
+    given = (t < fed.view(B, 1)).nonzero(as_tuple=True)
+    place = row[given], (offset + t)[given]
 
     column = torch.arange(S, device=device)
     in_prompt = column < prompt_lengths[:, None]  # (R, S)
     input_ids = F.pad(prompt_ids, (0, max(S - prompt_ids.shape[1], 0)))[:, :S] * in_prompt
-    input_ids[row[is_fed], (offset + t)[is_fed]] = completion_ids[is_fed]
+    input_ids[place] = completion_ids[given]
     if g == 1:  # plain rows are causal and padded on the right: neither mask nor positions are needed
         layout = {}
     else:
@@ -200,36 +202,38 @@ def hidden_before(model, prompt_ids, prompt_lengths, completion_ids, mask, share
         segment = torch.where(in_prompt, 0, -1)  # 0 prompt, 1..G completions, -1 padding
         own_position = prompt_lengths.repeat_interleave(g)[:, None] + t
         own_segment = (torch.arange(B, device=device) % g + 1)[:, None].expand(B, T)
-        position[row[is_fed], (offset + t)[is_fed]] = own_position[is_fed]
-        segment[row[is_fed], (offset + t)[is_fed]] = own_segment[is_fed]
+        position[place], segment[place] = own_position[given], own_segment[given]
         query, key = segment[:, :, None], segment[:, None, :]
         visible = ((key == 0) | (key == query)) & (column[None, :] <= column[:, None])  # (R, S, S)
         # padding attends to something, so that no row of the softmax is empty
-        layout = {"attention_mask": additive(visible, model.dtype)[:, None], "position_ids": position}
+        low = torch.is_autocast_enabled(device.type)  # then each layer would cast the mask
+        dtype = torch.get_autocast_dtype(device.type) if low else model.dtype
+        layout = {"attention_mask": additive(visible, dtype)[:, None], "position_ids": position}
 
     hidden = model.base_model(input_ids=input_ids, use_cache=False, **layout).last_hidden_state  # (R, S, d)
     # token 0 is predicted at the prompt's last position, token t at the position of token t - 1
     source = torch.where(t == 0, prompt_lengths.repeat_interleave(g)[:, None] - 1, offset + t - 1)  # (B, T)
-    return hidden[row[mask], source[mask]]
+    given = mask.nonzero(as_tuple=True)
+    return hidden[row[given], source[given]]
 
 
-def head_logprobs(model, hidden, targets, temper, chunk: int = 4096):
-    """hidden (N, d), targets (N,) -> log-probs (N,) float32, entropies (N,) float32 without gradient.
+def head_logprobs(model, hidden, targets, temper, entropy: bool = True, chunk: int = 4096):
+    """hidden (N, d), targets (N,) -> log-probs (N,) float32, entropies (N,) float32 without gradient, or None.
 
     temper: raw logits (n, V) -> those of the distribution in question. The head runs in chunks, recomputed in the
-    backward pass, so that (N, V) never exists as a whole.
+    backward pass, so that (N, V) never exists as a whole. An entropy costs as many passes over (n, V) as all the rest.
     """
 
     def one_chunk(h, y):
         logp = F.log_softmax(temper(model.get_output_embeddings()(h)), dim=-1)  # (n, V)
-        with torch.no_grad():
-            entropy = -(logp.exp() * logp.nan_to_num(neginf=0.0)).sum(-1)  # eq: H = -sum_a pi(a) log pi(a)
-        return logp.gather(-1, y[:, None])[:, 0], entropy
+        with torch.no_grad():  # eq: H = -sum_a pi(a) log pi(a)
+            H = -(logp.exp() * logp).sum(-1) if entropy else None
+        return logp.gather(-1, y[:, None])[:, 0], H
 
     if len(targets) <= chunk:
         return one_chunk(hidden, targets)
     parts = [recompute(one_chunk, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), targets.split(chunk))]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    return tuple(torch.cat(found) if found[0] is not None else None for found in zip(*parts))
 
 
 def micro_batches(num_prompts: int, G: int, size: int | None) -> list[tuple[slice, slice]]:
