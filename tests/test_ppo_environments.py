@@ -381,7 +381,7 @@ def test_a_simulator_on_a_gpu_is_learnt_and_what_it_cannot_is_refused_in_one_lin
     assert rows(folder)[-1]["eval/episodic_length"] == 4 == rows(folder)[-1]["charts/episodic_length"]
     (env,) = made  # a simulator may be had once: after an evaluation, training goes on in episodes of its own
     trained = [seed for seed in env.seeds if seed not in (100_000, sim.VALIDATION_SEED)]
-    assert len(env.seeds) == 5 + 3 + 4 and len(set(trained)) == len(trained) == 4
+    assert len(env.seeds) == 5 + 4 + 4 and len(set(trained)) == len(trained) == 4
     capsys.readouterr()
     wrong = register("OneOnly", lambda num_envs: OnDevice(1))
     for changed, words in (
