@@ -54,6 +54,12 @@ def make_run(folder, learning_rate=0.1, steps=200, completions=True):
     return folder
 
 
+def test_a_page_drawn_later_has_the_same_bytes(monkeypatch):
+    first = report.packed({"a": 1})
+    monkeypatch.setattr(gzip.time, "time", lambda: 1e9)  # gzip would write down when
+    assert report.packed({"a": 1}) == first
+
+
 def unpack(text: str):
     return json.loads(gzip.decompress(base64.b64decode(text)))
 

@@ -112,7 +112,7 @@ def fewer(rows: list[dict]) -> list[dict]:
 
 
 def packed(value) -> str:
-    return base64.b64encode(gzip.compress(json.dumps(value).encode(), 6)).decode()
+    return base64.b64encode(gzip.compress(json.dumps(value).encode(), 6, mtime=0)).decode()
 
 
 def rounded(value):
