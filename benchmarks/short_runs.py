@@ -4,7 +4,6 @@ A case of `kill_points.py`, `wrong_inputs.py` and `soak.py` is a fork: nothing i
 does to its process ends with it.
 """
 
-import functools
 import gc
 import importlib
 import json
@@ -114,9 +113,6 @@ def run_main(script: str, words: list[str]) -> None:
     module.main(cli.parse(module.Args, module.__doc__))
 
 
-described_fields = functools.cache(cli.described_fields)  # a third of a second
-
-
 def warm_up() -> None:
     """Imports everything that a script imports, in its middle too; computes nothing."""
     import datasets  # noqa: F401
@@ -127,12 +123,11 @@ def warm_up() -> None:
 
     fetch.import_robotics()
     for script in SCRIPTS:
-        described_fields(importlib.import_module(script).Args)
+        cli.described_fields(importlib.import_module(script).Args)
 
 
 def shrink(module) -> None:
     """What a run takes long for: the problems of evaluations, the lite model, figures."""
-    cli.described_fields = described_fields
     plot.draw = lambda folders, script, out: [write_figure(out / "figure.png")]
     if isinstance(getattr(module, "EVAL_BANDS", None), dict):
         module.EVAL_BANDS |= {name: (2, level) for name, (_, level) in module.EVAL_BANDS.items()}

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import os
@@ -86,6 +87,7 @@ def schema_of(config_class):
     return schema
 
 
+@functools.cache
 def described_fields(config_class) -> dict[str, tuple[str, str]]:
     """field -> (group, help) of a dataclass and its bases, read from their sources.
 

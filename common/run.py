@@ -276,8 +276,11 @@ def git_revision() -> str:
 
 
 def versions() -> dict[str, str]:
-    installed = {one.name.lower(): one.version for one in importlib.metadata.distributions()}
-    return {"python": sys.version.split()[0]} | {name: installed[name] for name in PACKAGES if name in installed}
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def processor() -> str:
