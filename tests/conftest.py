@@ -1,6 +1,7 @@
 """Shared fixtures: small random models of several architectures, and the bundled tokenizer."""
 
 import ast
+import gc
 import importlib.util
 import json
 import multiprocessing
@@ -36,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 torch.backends.cuda.enable_cudnn_sdp(False)  # as join_world leaves a GPU
 
 from assets.build_tiny_qwen2 import batches  # noqa: E402
+from common import plot  # noqa: E402
 from common.cli import parse  # noqa: E402
 
 VOCAB = 264  # five ids more than the bundled tokenizer has
@@ -63,6 +65,38 @@ def make_model(name="qwen2", seed=0, dtype=torch.float32):
 # a GPU's image with torch and transformers only: what needs no simulator is collected all the same
 if not all(map(importlib.util.find_spec, ("gymnasium", "mujoco"))):
     collect_ignore = [p.name for p in Path(__file__).parent.glob("test_*.py") if not p.name.startswith("test_grpo_")]
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what all modules hold stays: looking it through again and again is a fifth of the suite's time
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
+
+
+@pytest.fixture
+def figures():
+    """Figures are drawn as they are for users."""
+
+
+@pytest.fixture(autouse=True)
+def sketches(request, monkeypatch):
+    """Unless a test asks for `figures`: they are made of what a run logged, but neither laid out nor written, which
+    takes longer than most runs."""
+    figure = plot.figure
+
+    def sketch(*about):
+        from matplotlib.figure import Figure
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Figure, "tight_layout", lambda *_, **__: None)
+            patch.setattr(Figure, "savefig", lambda self, out, **_: out.touch())
+            return figure(*about)
+
+    if "figures" not in request.fixturenames:
+        monkeypatch.setattr(plot, "figure", sketch)
 
 
 @pytest.fixture(scope="session")

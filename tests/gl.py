@@ -8,12 +8,11 @@ CODE = """
 from common.robot.video import no_renderer
 why = no_renderer()
 assert not why, why
-import gymnasium as gym
-from common.robot import fetch
-fetch.import_robotics()
-env = gym.make("FetchReach-v4", render_mode="rgb_array", width=32, height=32)
-env.reset(seed=0)
-env.render()
+import mujoco
+model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom size='0.1'/></worldbody></mujoco>")
+renderer = mujoco.Renderer(model, 32, 32)
+renderer.update_scene(mujoco.MjData(model))
+assert renderer.render().shape == (32, 32, 3)
 """
 
 

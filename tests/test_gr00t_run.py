@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 import gr00t_finetune as g
 import ppo_gr00t
-from common import plot
 from common.cli import parse
 from common.robot import lora, transforms
 from common.robot.data_configs import DATA_CONFIGS
@@ -361,13 +360,12 @@ def quiet_signals():
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(request, tmp_path, monkeypatch):
     """Runs main() in this process; returns (exit code, run folder)."""
+    if "figures" not in request.fixturenames:
+        monkeypatch.setattr(g, "draw_open_loop", lambda result, names, chunk, path: path)
 
-    def start(figures=False, **flags):
-        if not figures:
-            monkeypatch.setattr(plot, "figure", lambda runs, panels, out, *about: out)
-            monkeypatch.setattr(g, "draw_open_loop", lambda result, names, chunk, path: path)
+    def start(**flags):
         argv = ["gr00t_finetune.py"]
         place = (
             {} if "resume" in flags else {"output_dir": str(tmp_path / "runs"), "cache_dir": str(tmp_path / "cache")}
@@ -402,8 +400,8 @@ def same_weights(a: Path, b: Path) -> bool:
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_explains_itself_and_its_checkpoint_has_the_published_layout(run, tmp_path):
-    code, folder = run(figures=True, **QUICK)
+def test_a_run_explains_itself_and_its_checkpoint_has_the_published_layout(run, tmp_path, figures):
+    code, folder = run(**QUICK)
     assert code == 0
     figures = ("learning.png", "health.png", "report.html")
     for name in ("config.json", "metrics.jsonl", "gr00t_finetune.py", "last", "best", *figures):

@@ -3,10 +3,10 @@
 import copy
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, two_forks
+from conftest import ROOT, flags_of, two_forks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -79,7 +79,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_run_logs_every_step_and_its_table_agrees_with_its_metrics(run):
+def test_a_run_logs_every_step_and_its_table_agrees_with_its_metrics(run, figures):
     code, folder = run(log_completions=16, rewards=("binary", "rich"), reward_weights=(1.0, 0.5))
     assert code == 0
     metrics = {row["step"]: row for row in rows(folder) if "train/reward" in row}
@@ -508,22 +508,34 @@ def test_damaged_and_foreign_checkpoints_are_refused(run, capfd):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_leave_a_resumable_run_and_a_finished_wandb_run(run, tmp_path, micro_model_folder, number):
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (SMALL | {"epochs": 5000, "save_every": 0}).items()]
-    command = [sys.executable, str(ROOT / "grpo_arithmetic.py"), f"--model-name={micro_model_folder}", *flags]
-    process = subprocess.Popen(
-        [*command, "--eval-every=0", "--track", f"--output-dir={tmp_path}/runs"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+    """Ctrl-C ends a program of its own, as users start it; SIGTERM a fork of this one, which imports nothing anew."""
+    flags = SMALL | dict(epochs=5000, save_every=0, eval_every=0, track=True)
+
+    def start():
+        os.setsid()
+        with open(tmp_path / "said", "wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        if number == signal.SIGINT:
+            words = flags_of(model_name=micro_model_folder, output_dir=tmp_path / "runs", **flags)
+            os.execv(sys.executable, [sys.executable, str(ROOT / "grpo_arithmetic.py"), *words])
+        sys.stdout, sys.stderr = open(1, "w", 1, closefd=False), open(2, "w", 1, closefd=False)
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        sys.exit(run(**flags)[0])
+
+    process = multiprocessing.get_context("fork").Process(target=start)
+    process.start()
     try:
         deadline = time.time() + 120
         while not any(path.read_text().count("\n") > 5 for path in tmp_path.glob("runs/*/*/metrics.jsonl")):
-            assert time.time() < deadline and process.poll() is None, process.stdout.read()
+            assert time.time() < deadline and process.is_alive(), (tmp_path / "said").read_text()
             time.sleep(0.1)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
+        os.kill(process.pid, number)
+        process.join(60)
     finally:
         process.kill()
-    assert process.returncode == 128 + number, output
+    output = (tmp_path / "said").read_text()
+    assert process.exitcode == 128 + number, output
     assert "continue with:" in output
     (folder,) = tmp_path.glob("runs/*/*")
     (wandb_log,) = folder.glob("wandb/offline-run-*/*.wandb")

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from test_docs import documented_metrics
 
 import grpo_mixed as mixed
-from common import plot
 from common.cli import parse
 from common.language import checks, lm
 
@@ -28,11 +27,9 @@ SMALL = dict(
 
 @pytest.fixture
 def run(tmp_path, micro_model_folder, monkeypatch):
-    """Runs main() in this process with SMALL settings; returns (exit code, run folder). No figures but on request."""
-    draw_figures = plot.draw
+    """Runs main() in this process with SMALL settings; returns (exit code, run folder)."""
 
-    def start(figures=False, **flags):
-        monkeypatch.setattr(plot, "draw", draw_figures if figures else lambda *_: [])
+    def start(**flags):
         settings = {"model_name": micro_model_folder, "output_dir": str(tmp_path / "runs")} | SMALL | flags
         settings = {"resume": flags["resume"]} if "resume" in flags else settings
         argv = ["grpo_mixed.py"]
@@ -81,8 +78,8 @@ def test_two_sharded_processes_with_the_decoders_buffers_equal_one_without(run, 
     assert all(torch.isfinite(x).all() for x in model.values()) and len(moments) == 3 * len(model) + 1
 
 
-def test_a_run_logs_by_task_what_its_tables_and_its_page_say(run):
-    code, folder = run(log_completions=24, figures=True)
+def test_a_run_logs_by_task_what_its_tables_and_its_page_say(run, figures):
+    code, folder = run(log_completions=24)
     assert code == 0
     tables, metrics = rows(folder, "completions"), [row for row in rows(folder) if "train/reward" in row]
     for row in metrics:
@@ -113,7 +110,7 @@ def test_a_run_logs_by_task_what_its_tables_and_its_page_say(run):
         general.add("<metric>" + name[name.rindex("_") :] if name.endswith(("_low", "_high", "_n")) else name)
     general = {name.replace("rewards/binary/", "rewards/<name>/") for name in general}
     assert general == documented_metrics("grpo_mixed.md") - {"arithmetic_eval_pass@16"}
-    assert (folder / "learning.png").exists() and (folder / "health.png").exists() and (folder / "report.html").exists()
+    assert all((folder / name).stat().st_size > 5000 for name in ("learning.png", "health.png", "report.html"))
 
 
 def test_a_resumed_run_equals_an_unbroken_one_with_adaptive_shares_refills_and_a_curriculum(run):

@@ -10,7 +10,7 @@ from common.plot import language, robot
 
 
 @pytest.fixture
-def axes(monkeypatch, tmp_path):
+def axes(monkeypatch, tmp_path, figures):
     """figure(...) for runs given as rows; its axes."""
     import matplotlib.pyplot as plt
 

@@ -291,7 +291,7 @@ def test_grasped_starts_are_for_training_alone():
     assert away[0].max() < 0.01 and away[1].min() > 0.1
 
 
-def test_a_run_logs_what_the_page_documents_and_resumes_to_the_same_bits(run):
+def test_a_run_logs_what_the_page_documents_and_resumes_to_the_same_bits(run, figures):
     code, whole = run(
         **FETCH | {"num_steps": 15, "total_timesteps": 480}, save_every=2
     )  # long enough for whole episodes
