@@ -75,8 +75,8 @@ class Args(SimArgs):
     num_envs: Count | None = None  # environments N, over all processes; default: by task
     num_steps: Count | None = None
     """steps T that each environment takes in an iteration; default: by task, whole episodes with --advantage group"""
-    grasped_starts: Share = 0.0
-    """FetchPickAndPlace: share of training episodes that begin with the block in the gripper, 0.1 to 0.5"""
+    grasped_starts: Share | None = None
+    """share of training episodes that begin with the block in the gripper; default: 0.25 in FetchPickAndPlace, or 0"""
     stagger: bool = True
     """start the environments at different ages, so that no batch is all starts or all ends (native backend)"""
 
@@ -120,7 +120,7 @@ LARGE |= dict(observation_mode="delta", reward_mode="shaped")
 RECIPES = {
     "FetchReach": REACH | dict(total_timesteps=12_000),
     "FetchPush": LARGE | dict(total_timesteps=1_000_000),
-    "FetchPickAndPlace": LARGE | dict(total_timesteps=1_200_000),
+    "FetchPickAndPlace": LARGE | dict(total_timesteps=600_000, grasped_starts=0.25),
     "FetchSlide": LARGE | dict(total_timesteps=800_000),
     "other": dict(num_steps=256, num_minibatches=32, target_kl=0.05, hidden=64, reward_mode="env")
     | dict(total_timesteps=500_000, num_envs=8, learning_rate=3e-4, gamma=0.99),
@@ -628,7 +628,7 @@ def check(args: Args, world: World) -> None:
         fail(f"--no-stagger is for --env-backend native; {args.env_backend} starts all environments at once: drop it")
     picks = fetch.task_of(args.env_id) == "FetchPickAndPlace" and args.env_backend == "native"
     if args.grasped_starts and not picks:
-        fail(f"--grasped-starts {args.grasped_starts} is for FetchPickAndPlace-v4, --env-backend native: drop it")
+        fail(f"--grasped-starts {args.grasped_starts} is for FetchPickAndPlace-v4, --env-backend native: give 0")
     sim.check_numbers(args, args.num_envs * args.num_steps, world)
     sim.check_groups(args, Args, args.max_episode_steps or 50, world)
     if args.eval_only and not args.init_from:

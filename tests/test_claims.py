@@ -135,7 +135,7 @@ def ppo_fetch():
         ("FetchPush, shaped (default)", "push", PPO),
         ("FetchPush, dense: control", "push_dense", (1,)),
         ("FetchPush, sparse: control", "push_sparse", (1,)),
-        ("FetchPickAndPlace, shaped (default)", "pick", PPO),
+        ("FetchPickAndPlace, shaped, `--grasped-starts 0`", "pick", PPO),
     ):
         runs = seeds(f"ppo_fetch/{folder}", numbers)
         steps = [f"{max(row['step'] for row in rows(run)):,}" for run in runs]

@@ -153,7 +153,7 @@ def make_envs(
         return tensor_envs(args.env_id, num_envs)
     kwargs |= spaces.limit(args.max_episode_steps)
     if backend == "native":
-        grasped = 0.0 if evaluation else args.grasped_starts
+        grasped = 0.0 if evaluation else args.grasped_starts or 0.0
         return fetch.FetchVec(args.env_id, num_envs, args.num_threads, pool=pool, grasped=grasped, **kwargs)
     wrappers = [spaces.deaf] if backend == "gymnasium-async" else []
     if fetch.is_fetch(args.env_id):
