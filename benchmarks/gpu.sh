@@ -46,13 +46,13 @@ if [ "$device" = cuda ]; then
   part "FetchVec" 120 $python benchmarks/fetch_speed.py --scaling --num-envs 64 --rounds 3 --tasks FetchPush
   part "run of PPO" 300 $python ppo_fetch.py --device cuda --no-capture-video --exp-name gpu_check
 elif [ "$device" = cpu ]; then
-  part "probe" 300 $python benchmarks/gpu_probe.py --device cpu --size toy
-  part "decode, toy" 300 $python benchmarks/gpu_decode.py --device cpu --reduced
-  part "step, bundled model" 300 $python benchmarks/grpo_vs_trl.py --device cpu --pairs 1 --steps 3
-  part "GR00T, tiny" 300 $python benchmarks/gpu_gr00t.py --device cpu --reduced
-  part "PPO update" 300 $python benchmarks/gpu_ppo.py --device cpu --reduced
-  part "FetchVec" 300 $python benchmarks/fetch_speed.py --scaling --rounds 1 --tasks FetchReach
-  part "run of PPO" 300 $python ppo_fetch.py --total-timesteps 1600 --amp bf16 --no-capture-video --exp-name gpu_check
+  part "probe" 900 $python benchmarks/gpu_probe.py --device cpu --size toy
+  part "decode, toy" 900 $python benchmarks/gpu_decode.py --device cpu --reduced
+  part "step, bundled model" 900 $python benchmarks/grpo_vs_trl.py --device cpu --pairs 1 --steps 2 --warmup 1
+  part "GR00T, tiny" 900 $python benchmarks/gpu_gr00t.py --device cpu --reduced
+  part "PPO update" 900 $python benchmarks/gpu_ppo.py --device cpu --reduced
+  part "FetchVec" 900 $python benchmarks/fetch_speed.py --scaling --rounds 1 --tasks FetchReach
+  part "run of PPO" 900 $python ppo_fetch.py --total-timesteps 1600 --amp bf16 --no-capture-video --exp-name gpu_check
 else
   echo "error: '$device' is neither cuda nor cpu" >&2
   exit 2

@@ -32,7 +32,7 @@ OBS_DIM, ACTION_DIM = 37, 4  # FetchPush, --observation-mode delta
 @dataclass
 class Args:
     device: str = "cuda"  # cuda or cpu
-    reduced: bool = False  # 64 environments, one epoch, widths 64 and 256, one compiled row
+    reduced: bool = False  # 64 environments, one epoch, width 64, one compiled row
     widths: tuple[int, ...] = (1024, 4096, 8192)  # of the hidden layers
     amp: tuple[str, ...] = ("off", "bf16", "fp16")  # precisions
     num_envs: int = 8192  # environments; a batch has 25 steps of each, a minibatch an eighth of that
@@ -101,7 +101,7 @@ def main(flags: Args) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     if flags.reduced:
-        flags = replace(flags, num_envs=64, widths=(64, 256), rounds=1)
+        flags = replace(flags, num_envs=64, widths=(64,), rounds=1)
     for width in flags.widths:
         for amp in flags.amp:
             if amp == "fp16" and world.device.type == "cpu":

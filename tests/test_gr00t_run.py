@@ -8,17 +8,18 @@ import sys
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, two_forks
+from conftest import ROOT, run_script, two_forks
 from safetensors.torch import load_file, save_file
 
 import gr00t_finetune as g
 import ppo_gr00t
 from common.cli import parse
-from common.robot import lora, transforms
+from common.robot import lora, sim, transforms
 from common.robot.data_configs import DATA_CONFIGS
 from common.robot.gr00t_n15 import GR00T, GR00TConfig
 from common.robot.lora import add_lora
@@ -299,6 +300,19 @@ def test_frozen_parameters_stay_as_they_are_bit_for_bit(flags):
         optimizer.step()
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) != p.requires_grad, name
+
+
+def test_what_bfloat16_autocast_leaves_in_float32_is_exact(tmp_path, monkeypatch):
+    """Rotary angles, in all three robot scripts: the device is set up with TF32 products."""
+    simulated = SimpleNamespace(torch_threads=torch.get_num_threads(), torch_deterministic=False, amp="bf16")
+    none = ["gr00t_finetune.py", "--amp", "bf16", "--model-path", "lite", "--dataset-path", str(tmp_path / "none")]
+    try:
+        for set_up in (lambda: sim.set_up_torch(simulated), lambda: run_script(g, none, monkeypatch)):
+            torch.set_float32_matmul_precision("high")
+            set_up()
+            assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(lite):
