@@ -727,6 +727,7 @@ def main(args: Args) -> None:
     asked += [*problems, *draw_bands(stream(0, "validation problems"))]
     longest = checks.context(args, config, tokenizer, [p.prompt for p in asked])
     model = lm.load_model(args, run.world.device, run.checkpoint)
+    args = lm.with_micro_batches(args, model, longest, run.world.size)
     probe.check(model, args, longest)
     with run.open(args):
         policy = Policy(model, tokenizer, args, run.world, token_logprobs, run.say)

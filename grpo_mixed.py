@@ -919,6 +919,7 @@ def main(args: Args) -> None:
         asked += load_word_problems(args.word_problems) if "word_problems" in args.tasks else []
     longest = checks.context(args, config, tokenizer, [p.prompt for p in asked])
     model = lm.load_model(args, run.world.device, run.checkpoint)
+    args = lm.with_micro_batches(args, model, longest, run.world.size)
     probe.check(model, args, longest)
     with run.open(args):
         policy = Policy(model, tokenizer, args, run.world, token_logprobs, run.say)

@@ -32,6 +32,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import grpo_arithmetic as grpo
 from common.cli import fail
 from common.language.decode import Decoder, GraphDecoder, additive, pad_right
+from common.language.fused import fuse
 from common.language.lm import sampling_copy
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied: the Qwen2 family's published configurations
@@ -121,7 +122,7 @@ def bandwidth(device: str) -> tuple[float, float | None, str]:
 
 def speed(args: Args) -> list[dict]:
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    model = make_model(args.size, args.device, dtype)
+    model = fuse(make_model(args.size, args.device, dtype))
     weights = sum(p.numel() for p in model.parameters())
     rate, flops, source = bandwidth(args.device)
     print(
@@ -197,7 +198,7 @@ def numerics(args: Args) -> dict[str, float | bool]:
     found["graph: share of completions equal to eager's, float32"] = same.float().mean().item()
     found["graph: largest log-prob gap of those"] = (slow_logp - fast_logp)[same].abs().max().item()
 
-    sampler = sampling_copy(model, model.device, torch.bfloat16)
+    sampler = fuse(sampling_copy(model, model.device, torch.bfloat16))
     drawn = {m: rollout(sampler, decoder_of(sampler, m), args, B, N, temperature=1.0) for m in ("eager", "graph")}
     prompts, ids, mask, sampled = drawn["graph"]
     model.set_attn_implementation("sdpa")

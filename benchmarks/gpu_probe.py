@@ -1,5 +1,5 @@
 """Small questions to a GPU, one JSON object a line: its rates, what a captured decode step is made of, cuDNN attention
-where lengths change at every step, and changes to the decode step that are not in the trainer yet, each against it.
+where lengths change at every step, and the decode step's modules: plain, fused as the trainer's, with a change more.
 
     uv run python benchmarks/gpu_probe.py --parts rates kernels attention proposals
     uv run python benchmarks/gpu_probe.py --device cpu --size toy      # does it run?
@@ -15,7 +15,6 @@ from statistics import median
 from typing import Literal
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -25,6 +24,7 @@ import grpo_arithmetic as grpo
 from benchmarks import gpu_decode
 from common.cli import parse
 from common.language.decode import inverse_cdf
+from common.language.fused import fuse
 from common.language.lm import head_logprobs
 from common.parallel import join_world
 
@@ -94,7 +94,7 @@ def kernels(flags: Args) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     cuda = flags.device == "cuda"
-    model = gpu_decode.make_model(flags.size, flags.device, torch.bfloat16 if cuda else torch.float32)
+    model = fuse(gpu_decode.make_model(flags.size, flags.device, torch.bfloat16 if cuda else torch.float32))
     for B in flags.batch_sizes:
         _, replay, fallback, reset = captured(model, B, flags)
         reset()
@@ -159,19 +159,8 @@ def head(flags: Args) -> None:
         logits = temper(F.linear(h, weight))
         logp = F.log_softmax(logits, dim=-1)
         with torch.no_grad():
-            entropy = -(logp.exp() * logp.nan_to_num(neginf=0.0)).sum(-1)
+            entropy = -(logp.exp() * logp).sum(-1)
         return logp.gather(-1, y[:, None])[:, 0], entropy
-
-    def without_entropy(h, y):
-        logits = temper(F.linear(h, weight))
-        return F.log_softmax(logits, dim=-1).gather(-1, y[:, None])[:, 0], None
-
-    def lean(h, y):  # the softmax's own numbers serve the entropy: H = log Z - sum_a pi(a) z_a
-        logits = temper(F.linear(h, weight))
-        log_z = logits.logsumexp(-1)
-        with torch.no_grad():
-            entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
-        return logits.gather(-1, y[:, None])[:, 0] - log_z, entropy
 
     def chunked(one):
         pairs = zip(hidden.split(chunk), targets.split(chunk))
@@ -179,10 +168,9 @@ def head(flags: Args) -> None:
         return torch.cat([p[0] for p in parts])
 
     ways = {
-        "the trainer's": lambda: head_logprobs(model, hidden, targets, temper, chunk)[0],
-        "no entropy": lambda: chunked(without_entropy), "lean": lambda: chunked(lean),
-        "compiled": partial(chunked, torch.compile(with_entropy, dynamic=False)),
-        "compiled, lean": partial(chunked, torch.compile(lean, dynamic=False)),
+        "the policy's": lambda: head_logprobs(model, hidden, targets, temper, True, chunk)[0],
+        "the reference's, without entropies": lambda: head_logprobs(model, hidden, targets, temper, False, chunk)[0],
+        "the policy's, compiled": partial(chunked, torch.compile(with_entropy, dynamic=False)),
     }  # fmt: skip
     first = None
     for name, way in ways.items():
@@ -210,7 +198,7 @@ def head(flags: Args) -> None:
         row("head", way=name, tokens=N, forward_ms=ms[0], step_ms=ms[1], peak_gb=peak, largest_gap=gap)
 
 
-# ---- proposals: changes of the decode step that the trainer does not have ---------------------------------------------
+# ---- proposals: what the trainer's copy fuses, and a change that it does not have -------------------------------------
 
 
 def sample_in_one_pass_less(logits, uniform, temperature, vocab_size=None):
@@ -220,58 +208,14 @@ def sample_in_one_pass_less(logits, uniform, temperature, vocab_size=None):
     return tokens, p.gather(-1, tokens[:, None])[:, 0].log()
 
 
-class Together(nn.Module):
-    """In place of the first of several linear layers of one input: computes all of them, the others fetch theirs."""
-
-    def __init__(self, linears):
-        super().__init__()
-        self.sizes = [m.out_features for m in linears]
-        self.weight = nn.Parameter(torch.cat([m.weight for m in linears]), requires_grad=False)
-        self.bias = nn.Parameter(torch.cat([m.bias for m in linears]), False) if linears[0].bias is not None else None
-        self.rest = []
-
-    def forward(self, x):
-        first, *self.rest = F.linear(x, self.weight, self.bias).split(self.sizes, -1)
-        return first
-
-
-class Fetch(nn.Module):
-    def __init__(self, together, i):
-        super().__init__()
-        self.together, self.i = [together], i  # in a list: not a child of this module too
-
-    def forward(self, x):
-        return self.together[0].rest[self.i]
-
-
-def fuse_projections(model) -> None:
-    for layer in model.model.layers:
-        for module, names in ((layer.self_attn, ("q_proj", "k_proj", "v_proj")), (layer.mlp, ("gate_proj", "up_proj"))):
-            together = Together([getattr(module, name) for name in names])
-            setattr(module, names[0], together)
-            for i, name in enumerate(names[1:]):
-                setattr(module, name, Fetch(together, i))
-
-
-def fuse_norms(model) -> None:
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(fused_norm, module)
-
-
-def fused_norm(module, x):
-    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
-
-
 @torch.no_grad()
 def proposals(flags: Args) -> None:
-    """A decode step captured with each change, and with all: time, draws from equal logits, log-probs against float32."""
+    """A decode step on plain modules, on the trainer's, with a change: time, draws, log-probs against float32."""
     plain = grpo.sample_tokens
     dtype = torch.bfloat16 if flags.device == "cuda" else torch.float32
     changes = {
-        "none": (plain, ()), "one pass less": (sample_in_one_pass_less, ()), "one-kernel norms": (plain, (fuse_norms,)),
-        "fused projections": (plain, (fuse_projections,)),
-        "all three": (sample_in_one_pass_less, (fuse_norms, fuse_projections)), "none, again": (plain, ()),
+        "plain modules": (plain, False), "the trainer's": (plain, True),
+        "one pass less": (sample_in_one_pass_less, True), "plain modules, again": (plain, False),
     }  # fmt: skip
     exact = gpu_decode.make_model(flags.size, flags.device, torch.float32)
     text = torch.randint(exact.config.vocab_size, (8, 32), generator=torch.Generator().manual_seed(0)).to(flags.device)
@@ -280,10 +224,10 @@ def proposals(flags: Args) -> None:
     for B in flags.batch_sizes:
         logits = torch.randn(B, exact_logp.shape[-1], device=flags.device, dtype=dtype)
         uniform = torch.rand(B, device=flags.device)
-        for name, (sample, patches) in changes.items():
+        for name, (sample, fused) in changes.items():
             model = gpu_decode.make_model(flags.size, flags.device, dtype)
-            for patch in patches:
-                patch(model)
+            if fused:
+                fuse(model)
             gap = (model(input_ids=text).logits.float().log_softmax(-1) - exact_logp).abs().mean().item()
             same = (sample(logits, uniform, 0.7)[0] == plain(logits, uniform, 0.7)[0]).float().mean().item()
             grpo.sample_tokens = sample

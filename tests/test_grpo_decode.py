@@ -13,11 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, make_model
+from conftest import ROOT, SIZES, VOCAB, make_model
 from test_grpo_model import ARCHITECTURES, PROMPTS, SAMPLING
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from common.language.decode import GraphDecoder, bucket, feed
+from common.language.decode import GraphDecoder, Rows, bucket, feed
+from common.language.fused import fuse
+from common.parallel import refresh
 from grpo_arithmetic import generate, sample_tokens, sampling_noise
 
 
@@ -49,7 +53,8 @@ class Graphs(GraphDecoder):
 
 
 def sampler_of(model):
-    return copy.deepcopy(model)
+    """As the trainer makes it: every test below that compares with the plain model compares the fused layers too."""
+    return fuse(copy.deepcopy(model).requires_grad_(False), say=lambda text: None)
 
 
 def rollout(model, decoder=None, prompts=PROMPTS, G=20, T=24, temperature=0.7, seed=0, **options):
@@ -130,9 +135,7 @@ def test_weights_are_refreshed_in_place_and_graphs_serve_every_later_batch():
     decoder = Graphs(sampler_of(masters[0]))
     addresses = [p.data_ptr() for p in decoder.model.parameters()]
     for model in masters:
-        with torch.no_grad():
-            for low, full in zip(decoder.model.parameters(), model.parameters()):
-                low.copy_(full)
+        refresh(decoder.model, model)
         for seed in range(3):
             assert_equal(rollout(model, seed=seed), rollout(decoder.model, decoder, seed=seed))
     assert addresses == [p.data_ptr() for p in decoder.model.parameters()]
@@ -143,6 +146,83 @@ def test_weights_are_refreshed_in_place_and_graphs_serve_every_later_batch():
     assert_equal(rollout(model, G=40), rollout(decoder.model, decoder, G=40))  # no room: new buffers, all graphs anew
     assert_equal(rollout(model, seed=7), rollout(decoder.model, decoder, seed=7))
     assert decoder.size[0] == 128 and decoder.captures >= captures + 2
+
+
+@pytest.mark.parametrize("name, own", [("qwen2", ""), ("qwen3", ""), ("llama", ""), ("gpt2", "projections"),
+                                       ("gemma2", "Gemma2RMSNorm")])  # fmt: skip
+@torch.no_grad()
+def test_fused_layers_compute_what_the_plain_ones_do_also_after_a_refresh(name, own):
+    """Parameters keep their order, which refreshing goes by; what has another form stays, and is named once."""
+    said, ids = [], torch.randint(VOCAB, (3, 7), generator=torch.Generator().manual_seed(0))
+    model, later = make_model(name), make_model(name, seed=1)
+    fused = fuse(copy.deepcopy(model).requires_grad_(False), said.append)
+    assert [(n, p.shape) for n, p in fused.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
+    torch.testing.assert_close(fused(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    refresh(fused, later)
+    torch.testing.assert_close(fused(ids).logits, later(ids).logits, rtol=1e-5, atol=1e-5)
+    assert len(said) == bool(own) and own in "".join(said)
+    patched = {n.rpartition(".")[2] for n, module in fused.named_modules() if "forward" in vars(module)}
+    assert ("gate_proj" in patched, "input_layernorm" in patched) == (name != "gpt2", name[0] in "ql")
+    if name == "qwen2":  # a layer that is given what the first was not computes by itself
+        attention, x = fused.model.layers[0].self_attn, torch.randn(2, 32)
+        attention.q_proj(torch.randn(2, 32))
+        expected = torch.nn.functional.linear(x, attention.v_proj.weight, attention.v_proj.bias)
+        torch.testing.assert_close(attention.v_proj(x), expected)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would start a kernel: operations that are neither views nor bookkeeping."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        idle = func.is_view or func.name().startswith(("prim::", "aten::empty", "aten::_unsafe_view", "aten::lift"))
+        self.count += not idle
+        return func(*args, **kwargs or {})
+
+
+@torch.no_grad()
+def test_a_fused_decode_step_starts_a_third_fewer_kernels(monkeypatch):
+    """Counted on tensors that only pretend to be on a GPU, where F.rms_norm is one kernel."""
+    monkeypatch.setattr("common.language.fused.is_rms_norm", lambda layer: True)  # nothing has values here
+
+    def launches(layers: int, fused: bool) -> int:
+        config = Qwen2Config(**SIZES | {"num_hidden_layers": layers}, num_key_value_heads=2, tie_word_embeddings=True)
+        with FakeTensorMode(), torch.device("cuda"):
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                model = Qwen2ForCausalLM(config).eval()
+            finally:
+                torch.set_default_dtype(torch.float32)
+            model = fuse(model) if fused else model
+            model.set_attn_implementation("packed")
+            whole = dict.fromkeys(("token", "position", "output"), torch.zeros(8, dtype=torch.long))
+            caches = [torch.zeros(8, 2, 64, 8, dtype=torch.bfloat16) for _ in range(layers)]
+            rows = Rows(**whole, finished=torch.zeros(8, dtype=torch.bool), keys=caches, values=caches,
+                        t=torch.zeros(1, dtype=torch.long), noise=torch.zeros(8, 9), logprobs=torch.zeros(8, 9),
+                        ids=torch.zeros(8, 9, dtype=torch.long), stop_ids=(5,), pad_id=0)  # fmt: skip
+            with Launches() as counted:
+                feed(model, rows, sample_tokens, 0.7, VOCAB)
+        return counted.count
+
+    plain, fused = (launches(2, fused) - launches(1, fused) for fused in (False, True))
+    assert plain - fused >= 3 + 2 * 5, "of a layer: three products, and of two norms all kernels but one"
+    assert fused < 0.7 * plain
+
+
+def test_compiled_steps_have_few_shapes():
+    """Each shape costs a compilation: three of rows, two of columns, however rows end."""
+    model = make_model()
+    decoder = Graphs(sampler_of(model), compiled=True)
+    decoder.feed = feed  # as if compiled
+    options = dict(G=20, T=100, stop_ids=[*range(4), 256, 258])
+    assert_equal(rollout(model, **options), rollout(decoder.model, decoder, **options))
+    shapes = {key[:2] for key in decoder.graphs}
+    assert len(shapes) > 2 and shapes <= {(n, columns) for n in (64, 16, 4) for columns in (64, 128)}
+    decoder.size = (256, 320, 256)
+    assert [decoder.shape(n, c) for n, c in ((256, 320), (65, 129), (64, 128), (17, 1), (16, 1))] == [
+        (256, 320), (256, 320), (64, 128), (64, 128), (16, 128),
+    ]  # fmt: skip
 
 
 def test_nothing_of_an_earlier_batch_is_left_in_the_buffers():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.language import watch
-from common.language.lm import micro_batches
+from common.language.lm import micro_batches, with_micro_batches
 from grpo_arithmetic import Args, advantages_of, completion_mask, group_advantages, grpo_loss
 
 x = float("nan")  # masked entries of the fixture; filled with a value that is the same in all three tensors
@@ -301,6 +301,38 @@ def test_micro_batches_cover_every_row_once_and_pair_it_with_its_prompt(size):
         owners = prompts[p].repeat_interleave(len(chunk) // len(prompts[p])).tolist()
         assert owners == [row // G for row in chunk]
     assert seen == rows.tolist()
+
+
+class Sized:
+    """A model of so many parameters."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def parameters(self):
+        return [torch.empty(self.n, device="meta")]
+
+
+@pytest.mark.parametrize(
+    "flags, parameters, longest, processes, size",
+    [
+        ({}, 1_600_000, 24, 1, 256),  # the default run: the whole batch, as ever
+        ({"batch_size": 240}, 1_600_000, 70, 1, 240),  # that of grpo_mixed.py
+        ({"share_prompt": False}, 1_600_000, 24, 1, 256),
+        ({"max_completion_length": 256}, 494_032_768, 45, 1, 48),  # of 77,056 tokens
+        ({"max_completion_length": 256}, 494_032_768, 45, 2, 48),  # of half of them
+        ({"max_completion_length": 256}, 1_543_714_304, 45, 1, 16),
+        ({"max_completion_length": 256}, 7_615_616_512, 45, 1, 2),  # no room for a group: a part of one
+        ({"max_completion_length": 4096}, 7_615_616_512, 45, 1, 1),
+        ({"max_completion_length": 256, "share_prompt": True}, 494_032_768, 45, 1, 48),
+        ({"micro_batch_size": 4}, 1_600_000, 24, 1, 4),
+    ],
+)
+def test_a_micro_batch_has_as_many_rows_as_a_budget_of_tokens_holds(flags, parameters, longest, processes, size):
+    args = with_micro_batches(Args(**flags), Sized(parameters), longest, processes)
+    assert args.micro_batch_size == size and args == Args(**flags | {"micro_batch_size": size})
+    own = micro_batches(args.batch_size // args.num_generations // processes, args.num_generations, size)
+    assert sum(rows.stop - rows.start for _, rows in own) == args.batch_size // processes
 
 
 # ---- objectives of later papers, and the two gradients of the KL -----------------------------------------------------

@@ -1,16 +1,20 @@
 """Log-probs and generation: one distribution in sampling and training, whatever the layout, batch or architecture."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, make_model
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from common.language import probe
 from common.language.decode import inverse_cdf, pad_right
 from common.language.lm import (
+    Reference,
     head_logprobs,
     hidden_before,
     load_model,
@@ -19,6 +23,7 @@ from common.language.lm import (
     stop_token_ids,
     swapped,
 )
+from common.parallel import World
 from grpo_arithmetic import (
     Args,
     completion_mask,
@@ -398,6 +403,30 @@ def test_rows_that_have_ended_leave_the_batch(monkeypatch):
     assert fed[-1] < 96
 
 
+def test_activations_take_the_bytes_that_the_budget_of_tokens_reckons_with():
+    """docs/performance.md: L (34 d + 8 f) a token of a training row. Counted: what backward keeps, on tensors without
+    values, in bfloat16 over fp32 weights; what does not grow with the rows, such as rounded weights, is left out."""
+
+    def kept(layers: int, rows: int) -> int:
+        sizes = dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2)
+        config = Qwen2Config(**sizes, num_hidden_layers=layers, vocab_size=VOCAB, attn_implementation="sdpa")
+        with FakeTensorMode():
+            model, found = Qwen2ForCausalLM(config), {}
+
+            def pack(x):
+                found[x.untyped_storage()._cdata] = x.untyped_storage()
+                return x
+
+            keep = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+            with torch.autocast("cpu", torch.bfloat16), keep:
+                model.base_model(input_ids=torch.zeros(rows, 256, dtype=torch.long), use_cache=False)
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        return sum(storage.nbytes() for key, storage in found.items() if key not in own)
+
+    a_token = [(kept(layers, 4) - kept(layers, 2)) / (2 * 256) for layers in (1, 2)]
+    assert a_token[1] - a_token[0] == pytest.approx(34 * 896 + 8 * 4864, rel=0.03)
+
+
 def test_gradient_checkpointing_changes_no_gradient(micro_model_folder):
     grads = []
     for on in (False, True):
@@ -494,6 +523,16 @@ def test_low_memory_reference_swaps_the_initial_weights_in_and_the_trained_ones_
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(weights, initial.parameters()))
     assert addresses == [p.data_ptr() for p in model.parameters()], "in place: captured graphs keep working"
+
+
+def test_what_a_reference_on_the_cpu_swaps_with_a_gpu_is_pinned(monkeypatch, micro_model_folder):
+    """Copies from pageable memory are several times slower; there is none to pin for on a CPU."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda w: pinned.append(w) or w)
+    args = Args(model_name=micro_model_folder, low_memory_reference=True)
+    for device in ("cpu", "cuda"):
+        reference = Reference(SimpleNamespace(model=None), args, World(0, 1, torch.device(device)), None)
+        assert len(pinned) == (len(reference.weights) if device == "cuda" else 0) and reference.weights
 
 
 def test_models_that_change_their_logits_after_the_head_are_refused(tmp_path, tokenizer, capsys):

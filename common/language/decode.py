@@ -249,7 +249,7 @@ def bucket(rows: int, columns: int) -> tuple[int, int]:
 
 
 class GraphDecoder(Decoder):
-    """Decode steps on buffers that stay where they are, one captured CUDA graph per bucket and way of sampling.
+    """Decode steps on buffers that stay where they are, one captured CUDA graph per shape and way of sampling.
 
     model: its weights may change in place, never move; its attention becomes "packed". fallbacks: steps without graph
     and compilation, because the device has no graphs or a capture failed; `say` tells why.
@@ -262,13 +262,24 @@ class GraphDecoder(Decoder):
         self.feed = torch.compile(feed, dynamic=False, fullgraph=True) if compiled else feed
         self.size = (0, 0, 0)  # rows, columns and tokens that there is room for; none yet
         if compiled:
-            torch._dynamo.config.recompile_limit = 256  # buckets; beyond it is an error, not a silent return to eager
+            torch._dynamo.config.recompile_limit = 256  # shapes; beyond it is an error, not a silent return to eager
 
     def prefill(self, *args) -> Rows:
         return self.place(super().prefill(*args))
 
     def keep(self, rows: Rows, chosen: torch.Tensor) -> Rows:
         return self.place(rows.pick(chosen))
+
+    def shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Of the steps that serve so many: their bucket.
+
+        A compiled decoder has few, for each costs half a minute: all rows that there is room for, a quarter or a
+        sixteenth of them, with all columns or a quarter.
+        """
+        if not self.compiled:
+            return bucket(rows, columns)
+        R, C, _ = self.size
+        return min(n for n in (R, R // 4, R // 16) if n >= rows), min(n for n in (C, -(-C // 256) * 64) if n >= columns)
 
     def place(self, s: Rows) -> Rows:
         """Copies rows into the buffers, padded to the bucket. They grow, and the graphs go, if there is no room."""
@@ -290,7 +301,7 @@ class GraphDecoder(Decoder):
             own.t.copy_(s.t)
             own.stop_ids, own.pad_id = s.stop_ids, s.pad_id
             own.noise[:B, :T], own.ids[:B, :T], own.logprobs[:B, :T] = s.noise, s.ids, s.logprobs
-        view = own.pick(slice(need[0]))
+        view = own.pick(slice(self.shape(n, C)[0]))
         view.filled = s.filled
         for name, padding in {"token": 0, "position": 0, "finished": True, "output": self.size[0]}.items():
             getattr(view, name)[:n], getattr(view, name)[n:] = getattr(s, name), padding
@@ -300,7 +311,7 @@ class GraphDecoder(Decoder):
 
     def step(self, rows: Rows, sample, *settings) -> None:
         rows.filled += 1
-        n, columns = bucket(len(rows.token), rows.filled)
+        n, columns = self.shape(len(rows.token), rows.filled)
         key = (n, columns, rows.stop_ids, rows.pad_id, sample, *settings)
         with torch.autocast(rows.token.device.type, enabled=False):  # one dtype throughout; casts would move
             if key not in self.graphs:

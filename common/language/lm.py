@@ -4,6 +4,7 @@ Speed and memory. What is sampled, rewarded and learnt stands in the scripts.
 """
 
 import copy
+import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from common.checkpoint import find_checkpoint, gathered
 from common.cli import Count, Natural, Text, fail
 from common.language import chat, pretrained
 from common.language.decode import Decoder, GraphDecoder, additive
+from common.language.fused import fuse
 from common.parallel import World, refresh, shard
 from common.run import Run
 
@@ -55,7 +57,8 @@ class LMArgs:
     share_prompt: bool | None = None
     """train on one row per prompt with all its completions; default: when that row has at most 1024 tokens"""
     micro_batch_size: Count | None = None
-    """completions per forward and backward pass in a process; changes memory, not the objective (bnpo excepted)"""
+    """completions per forward and backward pass in a process; changes memory, not the objective (bnpo excepted);
+    default: what has at most 16384 tokens, of models above 5e8 parameters fewer"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     low_memory_reference: bool = False
@@ -245,6 +248,27 @@ def micro_batches(num_prompts: int, G: int, size: int | None) -> list[tuple[slic
     return [(slice(i // G, i // G + 1), slice(i, i + size)) for i in range(0, num_prompts * G, size)]
 
 
+def with_micro_batches(args, model, longest: int, num_processes: int):
+    """args with a --micro-batch-size: what so many tokens hold, in passes of equal size, of whole groups if one fits.
+
+    longest: tokens of the longest prompt. What could be asked counts, not what was: every process makes as many passes
+    as the others, at every step. Activations take about layers * (34 hidden + 8 intermediate sizes) bytes a token.
+    """
+    if args.micro_batch_size is not None:
+        return args
+    # eq: 6 N n = 48 TFLOP, a tenth of a second of a large GPU: more tokens n at once would be no faster
+    tokens = min(16_384, 8e12 / sum(p.numel() for p in model.parameters()))
+    G, T, masked = args.num_generations, args.max_completion_length, args.attn_implementation != "flash_attention_2"
+    shared = masked and (longest + G * T <= 1024 if args.share_prompt is None else args.share_prompt)
+    group, groups = longest + G * T if shared else G * (longest + T), args.batch_size // G // num_processes
+    if group > tokens:
+        size = max(n for n in range(1, G + 1) if G % n == 0 and (n == 1 or n * (longest + T) <= tokens))
+    else:
+        passes = math.ceil(groups / (tokens // group))
+        size = math.ceil(groups / passes) * G
+    return replace(args, micro_batch_size=size)
+
+
 def replace_groups(roll, new, groups: list[int]):
     """A rollout with the completions of some of its prompts taken from `new`; the shorter ones end in 0."""
     T, G = max(roll.ids.shape[1], new.ids.shape[1]), len(roll.texts) // len(roll.prompts)
@@ -314,7 +338,7 @@ class Policy:
             torch.set_float32_matmul_precision("highest")
         self.sampler = model
         if low or args.decode != "eager" or args.compile or args.fsdp:
-            self.sampler = sampling_copy(model, self.device, torch.bfloat16 if low else None)
+            self.sampler = fuse(sampling_copy(model, self.device, torch.bfloat16 if low else None), say)
         if args.attn_implementation == "flash_attention_2":  # a cache with a position per row needs a mask
             self.sampler.set_attn_implementation("sdpa")
         graphs = args.decode != "eager"
@@ -366,7 +390,7 @@ def swapped(model, weights: list[torch.Tensor]):
 
     def swap():
         for p, w in zip(model.parameters(), weights):
-            held = p.detach().to("cpu", copy=True)
+            held = p.detach().clone()  # on the device: what crosses over starts and ends in pinned memory
             p.data.copy_(w)
             w.copy_(held)
 
@@ -385,6 +409,8 @@ class Reference:
         if args.low_memory_reference:
             self.model = policy.model
             self.weights = [p.detach() for p in load_model(args, torch.device("cpu")).parameters()]
+            if world.device.type == "cuda":
+                self.weights = [w.pin_memory() for w in self.weights]
         else:
             frozen = load_model(args, world.device).requires_grad_(False)
             self.model = prepare(frozen, args, world, token_logprobs)
