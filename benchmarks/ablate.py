@@ -559,7 +559,21 @@ def table(grid: str, found: dict[str, list[dict]], survivors: set[tuple[str, str
             f"{first:.2f} → {last:.2f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n" + task_table(grid, found)
+    return "\n".join(lines) + "\n" + task_table(grid, found) + format_table(grid, found)
+
+
+def format_table(grid: str, found: dict[str, list[dict]]) -> str:
+    """Of a pretrained model: how many answers begin with a number, and how many are one and nothing else."""
+    if not grid.startswith("smollm2"):
+        return ""
+    lines = ["", "| samples, of all seeds | begin with a number | are a number alone |", "|---|---|---|"]
+    before = next(rows[:1] for rows in found.values() if rows)  # the same model in all runs
+    for name, rows, at in (("base model", before, 0), *((name, rows, -1) for name, rows in found.items() if rows)):
+        ends = [row["evaluations"][at] for row in rows]
+        n = sum(e["validation_n"] + e["eval_n"] for e in ends)
+        cells = [f"{sum(e[key] for e in ends) / n:.3f}" for key in ("number_first", "number_alone")]
+        lines += [f"| {name} (n {n}) | " + " | ".join(cells) + " |"]
+    return "\n".join(lines) + "\n"
 
 
 def task_table(grid: str, found: dict[str, list[dict]]) -> str:
@@ -650,6 +664,7 @@ independent: nine grids share the three runs they compare with. Train accuracy: 
 of the first 10 steps → of the last 10.
 
 Validation: {problems} problems that are neither in training nor in `arithmetic_eval`; settings are compared on it.
+The grids on SmolLM2-135M are a family of their own: five comparisons, corrected together.
 Base model: {base}. Unless a setting says otherwise: {steps} steps of 16 prompts × 16 completions, new problems
 at every step, bundled model, one CPU core.
 """
@@ -695,13 +710,14 @@ def student_p(t: float, df: int) -> float:
     return 1 - (2 / np.pi * (angle + np.sin(angle) * total) if df % 2 else np.sin(angle) * total)
 
 
-def comparisons(rows: dict[str, dict]) -> list[tuple[str, str, float]]:
+def comparisons(rows: dict[str, dict], pretrained: bool = False) -> list[tuple[str, str, float]]:
     """(grid, setting, p) of every difference to a grid's first setting that has two seeds, smallest p first.
 
-    Of the grids that docs/origin_claims.md names: its claims are the family that is corrected together.
+    Of the grids that docs/origin_claims.md names: its claims are the family that is corrected together, those about the
+    bundled model and those about the pretrained one each by themselves.
     """
     out, text = [], CLAIMS.read_text()
-    for grid in (g for g in GRIDS if f"[{g}](" in text or f"`{g}`" in text):
+    for grid in (g for g in GRIDS if g.startswith("smollm2") == pretrained and (f"[{g}](" in text or f"`{g}`" in text)):
         found = found_of(grid, rows)
         first = next(iter(found))
         base = {r["seed"]: accuracy(r, "validation") for r in found[first]}
@@ -727,11 +743,11 @@ def pages(grids: list[str]) -> tuple[str, str]:
     """The text of README.md with all tables, and that of docs/origin_claims.md with its numbers."""
     rows, parts, lines = all_rows(), [], CLAIMS.read_text().splitlines()
     tests = comparisons(rows)
-    survivors = holm(tests)
+    survivors, real = holm(tests), holm(comparisons(rows, pretrained=True))
     for grid in grids:
         found = found_of(grid, rows)
         if sum(map(bool, found.values())) > 1:
-            parts.append(table(grid, found, survivors) + f"\n![{grid}]({grid}.png)\n")
+            parts.append(table(grid, found, survivors | real) + f"\n![{grid}]({grid}.png)\n")
         link = f"| [{grid}](results/ablations/README.md): "
         lines = [x.partition(link)[0] + link + evidence(grid, found) + " |" if link in x else x for x in lines]
     before = next(r["evaluations"][0] for r in rows.values() if not r["sft_epochs"])

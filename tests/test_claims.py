@@ -6,12 +6,14 @@ A table in a page's sections 6 and 7 is either recomputed here or stands under a
 import json
 import re
 from functools import cache
+from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
+from benchmarks.ablate import GRIDS, key_of
 from common.robot.report import student
 from common.stats import wilson
 
@@ -20,8 +22,10 @@ GRPO, GR00T, PPO = (42, 43, 44), (42, 43, 44), (1, 2, 3)
 
 
 @cache
-def rows(run: str, file: str = "metrics.jsonl") -> list[dict]:
-    """run: a folder below docs/results"""
+def rows(run: str | Path, file: str = "metrics.jsonl") -> list[dict]:
+    """run: a folder below docs/results, or a file"""
+    if isinstance(run, Path):
+        return [json.loads(line) for line in run.read_text().splitlines()]
     return [json.loads(line) for line in (RESULTS / run / file).read_text().splitlines()]
 
 
@@ -106,6 +110,39 @@ def smollm2():
         line("validation", *both("validation_accuracy")),
         line("completions cut at 8 tokens", *cut),
     ]
+
+
+def ablations(*grids: str):
+    """Rows of grids of benchmarks/ablate.py: validation accuracy, and its difference to the first setting by seed."""
+
+    def told(numbers, sign=""):
+        half = student(len(numbers) - 1) * np.std(numbers, ddof=1) / np.sqrt(len(numbers))
+        return f"{mean(numbers):{sign}.3f} ± {half:.3f}".replace("-", "−")
+
+    every, out = {row["key"]: row for path in RESULTS.glob("ablations/*.jsonl") for row in rows(path)}, []
+    for grid in grids:
+        question, settings = GRIDS[grid]
+        ends = {}
+        for s in settings:
+            prefix = key_of(s, 0)[:-2]
+            mine = {
+                row["seed"]: row["evaluations"][-1] for key, row in every.items() if key == f"{prefix}{row['seed']}]"
+            }
+            ends[s.name] = {seed: end["validation_k"] / end["validation_n"] for seed, end in sorted(mine.items())}
+        base = ends[settings[0].name]
+        for name, end in ends.items():
+            pairs = [end[seed] - base[seed] for seed in end if seed in base]
+            difference = "" if name == settings[0].name else told(pairs, "+")
+            out.append(line(f"`{grid}`: {name}", len(end), told([*end.values()]), difference))
+    return out
+
+
+def objectives():
+    return ablations("objective", "several_rewards", "kl_gradient", "kl_gradient_strong")
+
+
+def pretrained():
+    return ablations("smollm2_learning_rate", "smollm2_beta", "smollm2_misaligned")
 
 
 def grpo_mixed():
@@ -314,6 +351,8 @@ def gr00t_finetune():
 TABLES = [
     ("docs/grpo_arithmetic.md", "| | base model | seed 42 |", grpo_arithmetic),
     ("docs/grpo_arithmetic.md", "| | before | after 20 steps |", smollm2),
+    ("docs/grpo_arithmetic.md", "| bundled model, grid: setting |", objectives),
+    ("docs/grpo_arithmetic.md", "| SmolLM2-135M, grid: setting |", pretrained),
     ("docs/grpo_mixed.md", "| | base model | seed 42 |", grpo_mixed),
     ("docs/ppo_fetch.md", "| task, reward |", ppo_fetch),
     ("docs/ppo_fetch.md", "| `--advantage` |", advantages),
