@@ -38,7 +38,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from safetensors.torch import save_file
 
 from common.checkpoint import find_checkpoint
-from common.cli import Count, Fraction, Name, NonNegative, Positive, Seed, Share, Text, fail, parse
+from common.cli import Count, Fraction, Name, Natural, NonNegative, Positive, Seed, Share, Text, fail, parse
 from common.language.stats import with_means
 from common.parallel import World, clip_gradients, sum_gradients
 from common.robot import fetch, sim, spaces
@@ -55,6 +55,7 @@ class Args(SimArgs):
     exp_name: Name = "ppo_fetch"
     seed: Seed = 1
     tags: tuple[str, ...] = ("ppo", "fetch")
+    eval_every: Natural | None = None  # iterations between evaluations, 0: only at the end; default: by task
     init_from: Text | None = None  # run folder or checkpoint whose policy and statistics to start from (a new run)
 
     # task
@@ -113,17 +114,17 @@ SUCCESS_REWARD, SHAPING, SHAPING_GAMMA = 0.1, 5.0, 1.0  # c, k and g of the shap
 
 # What differs by task where a flag is not given. "other": whatever is not Fetch, near what others use for one
 # environment of 2,048 steps, but for the KL limit.
-SMALL = dict(num_steps=25, num_minibatches=4, target_kl=0.03, hidden=64)
+SMALL = dict(num_steps=25, num_minibatches=4, target_kl=0.03, hidden=64, eval_every=10)
 REACH = SMALL | dict(observation_mode="delta", reward_mode="dense", num_envs=32, learning_rate=1e-3, gamma=0.9)
 LARGE = dict(num_steps=25, num_minibatches=8, target_kl=0.05, hidden=256, num_envs=64, learning_rate=5e-4, gamma=0.95)
-LARGE |= dict(observation_mode="delta", reward_mode="shaped")
+LARGE |= dict(observation_mode="delta", reward_mode="shaped", eval_every=25)
 RECIPES = {
     "FetchReach": REACH | dict(total_timesteps=12_000),
     "FetchPush": LARGE | dict(total_timesteps=1_000_000),
     "FetchPickAndPlace": LARGE | dict(total_timesteps=600_000, grasped_starts=0.25),
     "FetchSlide": LARGE | dict(total_timesteps=800_000),
     "other": dict(num_steps=256, num_minibatches=32, target_kl=0.05, hidden=64, reward_mode="env")
-    | dict(total_timesteps=500_000, num_envs=8, learning_rate=3e-4, gamma=0.99),
+    | dict(total_timesteps=500_000, num_envs=8, learning_rate=3e-4, gamma=0.99, eval_every=25),
 }
 GROUPED = dict(num_steps=50, gamma=1.0, group_size=8)  # --advantage group, whatever the task
 

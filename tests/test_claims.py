@@ -450,9 +450,9 @@ def fetch_row():
     told = span(defaults, "{:.1f}") if len(defaults) == 3 else f"{each(defaults, 1)} (n {len(defaults)})"
     return (
         f"3 seeds each: FetchReach 100 % after {steps.pop():,} steps, {seconds:.0f} s of training on one busy core; "
-        f"Push {span(push)} % within 1M steps; PickAndPlace {each(held, 0)} % within {within:,} (n {len(held)}) where a quarter "
-        f"of training begins with a grasp, {each(pick, 0)} % without; on FetchReach stable-baselines3 at its defaults needs "
-        f"{told} times the steps, with our settings {span(settings, '{:.1f}')} times"
+        f"Push {span(push)} % within 1M steps; PickAndPlace {each(held, 0)} % within {within:,} (n {len(held)}) where "
+        f"a quarter of training begins with a grasp, {each(pick, 0)} % without; on FetchReach stable-baselines3 at its "
+        f"defaults needs {told} times the steps, with our settings {span(settings, '{:.1f}')} times"
     )
 
 
