@@ -77,7 +77,7 @@ class Args(SimArgs):
     num_steps: Count | None = None
     """steps T that each environment takes in an iteration; default: by task, whole episodes with --advantage group"""
     grasped_starts: Share | None = None
-    """share of training episodes that begin with the block in the gripper; default: 0.25 in FetchPickAndPlace, or 0"""
+    """share of training episodes that begin with the block in the gripper; default: 0, native FetchPickAndPlace 0.25"""
     stagger: bool = True
     """start the environments at different ages, so that no batch is all starts or all ends (native backend)"""
 
@@ -732,6 +732,8 @@ def train(run: Run, args: Args) -> None:
 def main(args: Args) -> None:
     own = {"env_id"} if ":" in args.env_id else set()  # what a folder says imports no module: say it with --resume too
     run = Run(__file__, args, FREE | own)
+    if run.args.env_backend != "native" and run.args.grasped_starts is None:
+        run.args = replace(run.args, grasped_starts=0.0)  # the recipe's are FetchVec's
     args = resolve(run.args)
     if run.checkpoint and (args.env_id != run.saved["env_id"] or ":" in args.env_id and not own):
         fail(f"'{run.checkpoint}' is of another environment, or of a module's: add --env-id {run.saved['env_id']}")

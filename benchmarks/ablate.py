@@ -743,11 +743,11 @@ def pages(grids: list[str]) -> tuple[str, str]:
     """The text of README.md with all tables, and that of docs/origin_claims.md with its numbers."""
     rows, parts, lines = all_rows(), [], CLAIMS.read_text().splitlines()
     tests = comparisons(rows)
-    survivors, real = holm(tests), holm(comparisons(rows, pretrained=True))
+    survivors, of_pretrained = holm(tests), holm(comparisons(rows, pretrained=True))
     for grid in grids:
         found = found_of(grid, rows)
         if sum(map(bool, found.values())) > 1:
-            parts.append(table(grid, found, survivors | real) + f"\n![{grid}]({grid}.png)\n")
+            parts.append(table(grid, found, survivors | of_pretrained) + f"\n![{grid}]({grid}.png)\n")
         link = f"| [{grid}](results/ablations/README.md): "
         lines = [x.partition(link)[0] + link + evidence(grid, found) + " |" if link in x else x for x in lines]
     before = next(r["evaluations"][0] for r in rows.values() if not r["sft_epochs"])

@@ -204,7 +204,7 @@ def head(flags: Args) -> None:
 def sample_in_one_pass_less(logits, uniform, temperature, vocab_size=None):
     """The trainer's draw; the log-prob is that of the chosen probability."""
     p = grpo.tempered(logits, temperature, vocab_size).softmax(-1)  # (B, V)
-    tokens = inverse_cdf(p, uniform).clamp(max=(vocab_size or p.shape[-1]) - 1)
+    tokens = inverse_cdf(p, uniform)
     return tokens, p.gather(-1, tokens[:, None])[:, 0].log()
 
 

@@ -417,8 +417,8 @@ def same_weights(a: Path, b: Path) -> bool:
 def test_a_run_explains_itself_and_its_checkpoint_has_the_published_layout(run, tmp_path, figures):
     code, folder = run(**QUICK)
     assert code == 0
-    figures = ("learning.png", "health.png", "report.html")
-    for name in ("config.json", "metrics.jsonl", "gr00t_finetune.py", "last", "best", *figures):
+    drawn = ("learning.png", "health.png", "report.html")
+    for name in ("config.json", "metrics.jsonl", "gr00t_finetune.py", "last", "best", *drawn):
         assert (folder / name).exists(), name
     assert len(list((folder / "open_loop").glob("*.png"))) == 2
     rows = metrics_of(folder)

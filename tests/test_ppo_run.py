@@ -291,6 +291,12 @@ def test_grasped_starts_are_for_training_alone():
     assert away[0].max() < 0.01 and away[1].min() > 0.1
 
 
+def test_gymnasiums_environments_have_no_grasped_starts_and_nobody_has_to_say_so(run):
+    flags = FETCH | dict(env_id="FetchPickAndPlace-v4", env_backend="gymnasium", total_timesteps=100)
+    code, folder = run(**flags)
+    assert code == 0 and json.loads((folder / "config.json").read_text())["args"]["grasped_starts"] == 0
+
+
 def test_a_run_logs_what_the_page_documents_and_resumes_to_the_same_bits(run, figures):
     code, whole = run(
         **FETCH | {"num_steps": 15, "total_timesteps": 480}, save_every=2

@@ -71,7 +71,8 @@ def fuse(model: nn.Module, say=print) -> nn.Module:
                 Joined(layers)
                 joined += 1
         if (kind := type(module).__name__).endswith("RMSNorm"):
-            norms[kind] = norms[kind] if kind in norms else is_rms_norm(module)
+            if kind not in norms:
+                norms[kind] = is_rms_norm(module)
             if norms[kind]:
                 module.forward = partial(rms_norm, module)
     other = ["projections"] * (not joined) + [kind for kind, known in norms.items() if not known]
