@@ -56,6 +56,11 @@ def test_a_metric_that_never_was_a_number_is_drawn_as_nothing(axes):
     ] == [2]
 
 
+def test_seconds_below_one_are_no_millions_and_steps_are_thousands(axes):
+    (ax,) = axes([[{"step": x, "loss": 1.0} for x in (0, 20_000)]], [("loss", "step", ["loss"])])
+    assert ax.xaxis.get_major_formatter().format_ticks([0.5, 10_000]) == ["0.5", "10k"]
+
+
 def test_a_task_of_a_users_own_is_drawn_and_keeps_its_colour_in_all_panels(axes):
     rows = [
         {"step": i, "eval_reverse_accuracy": 0.1 * i, "eval_reverse_greedy": 0.5, "train/reverse/solve_rate": 0.1 * i,

@@ -75,6 +75,7 @@ def figure(runs: list[Path], panels: list, out: Path, caption: str, units: dict[
     panels = [(title, x, names) for title, x, metrics in panels if (names := expand(metrics, logged))]
     shown = [of_task(name) for _, _, metrics in panels for name in metrics]
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(shown))}  # a series keeps its own in all panels
+    thousands = EngFormatter(sep="")
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
     lines = -(-len(panels) // columns)
     fig, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.4 * lines + 0.5), squeeze=False)
@@ -102,7 +103,7 @@ def figure(runs: list[Path], panels: list, out: Path, caption: str, units: dict[
             ax.set_yscale("log")
         ax.set_xlabel(X.get(x, step), fontsize=9)
         ax.set_ylabel(unit_of(metrics[0], units), fontsize=9)
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.xaxis.set_major_formatter(lambda v, _: thousands.format_eng(v) if abs(v) >= 1000 else f"{v:g}")  # 0.5 s
         ax.locator_params(axis="x", nbins=6)  # more labels than that run into each other
         ax.grid(alpha=0.3)
         if ax.lines:
