@@ -37,6 +37,8 @@ if [ "$device" = cuda ]; then
   part "step, 16 tokens, eager" 120 $python benchmarks/grpo_vs_trl.py --device cuda --random-qwen2 --pairs 1 --steps 5
   part "step, 16 tokens, graph" 120 $python benchmarks/grpo_vs_trl.py --device cuda --random-qwen2 --pairs 1 --steps 5 --decode graph
   part "step, 256 tokens, graph" 200 $python benchmarks/grpo_vs_trl.py --device cuda --random-qwen2 --pairs 1 --steps 2 --warmup 1 --max-completion-length 256 --micro-batch-size 64 --decode graph
+  part "step, 16 tokens, compiled" 200 $python benchmarks/grpo_vs_trl.py --device cuda --random-qwen2 --pairs 1 --steps 5 --warmup 3 --decode compile --compile
+  part "step, 256 tokens, compiled" 300 $python benchmarks/grpo_vs_trl.py --device cuda --random-qwen2 --pairs 1 --steps 2 --warmup 2 --max-completion-length 256 --micro-batch-size 64 --decode compile --compile
   part "GR00T, published size" 120 $python benchmarks/gpu_gr00t.py --no-compiled
   part "GR00T, compiled" 300 $python benchmarks/gpu_gr00t.py --batch-sizes 1
   part "PPO update" 120 $python benchmarks/gpu_ppo.py --no-compiled --epochs 2
@@ -45,6 +47,7 @@ if [ "$device" = cuda ]; then
   part "numerics of the others" 300 $python -m pytest -n 0 -vv -m gpu --ignore tests/test_grpo_gpu.py --ignore tests/test_gr00t_gpu.py
   part "FetchVec" 120 $python benchmarks/fetch_speed.py --scaling --num-envs 64 --rounds 3 --tasks FetchPush
   part "run of PPO" 300 $python ppo_fetch.py --device cuda --no-capture-video --exp-name gpu_check
+  part "run of GRPO" 600 $python grpo_arithmetic.py --beta 0.1 --device cuda --decode graph --exp-name gpu_check
 elif [ "$device" = cpu ]; then
   part "probe" 900 $python benchmarks/gpu_probe.py --device cpu --size toy
   part "decode, toy" 900 $python benchmarks/gpu_decode.py --device cpu --reduced

@@ -15,8 +15,6 @@ from statistics import median
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recompute
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,7 +23,7 @@ from benchmarks import gpu_decode
 from common.cli import parse
 from common.language.decode import inverse_cdf
 from common.language.fused import fuse
-from common.language.lm import head_logprobs
+from common.language.lm import chunk_logprobs, head_logprobs
 from common.parallel import join_world
 
 Part = Literal["rates", "kernels", "attention", "head", "proposals"]
@@ -155,25 +153,15 @@ def head(flags: Args) -> None:
     targets = torch.randint(V, (N,), device=flags.device)
     temper = partial(grpo.tempered, temperature=0.7, vocab_size=V)
 
-    def with_entropy(h, y):
-        logits = temper(F.linear(h, weight))
-        logp = F.log_softmax(logits, dim=-1)
-        with torch.no_grad():
-            entropy = -(logp.exp() * logp).sum(-1)
-        return logp.gather(-1, y[:, None])[:, 0], entropy
+    def logprobs(entropy: bool, compiled: bool):
+        model.chunk_logprobs = torch.compile(chunk_logprobs, dynamic=True) if compiled else chunk_logprobs
+        return lambda: head_logprobs(model, hidden, targets, temper, entropy, chunk)[0]
 
-    def chunked(one):
-        pairs = zip(hidden.split(chunk), targets.split(chunk))
-        parts = [recompute(one, h, y, use_reentrant=False) for h, y in pairs]
-        return torch.cat([p[0] for p in parts])
-
-    ways = {
-        "the policy's": lambda: head_logprobs(model, hidden, targets, temper, True, chunk)[0],
-        "the reference's, without entropies": lambda: head_logprobs(model, hidden, targets, temper, False, chunk)[0],
-        "the policy's, compiled": partial(chunked, torch.compile(with_entropy, dynamic=False)),
-    }  # fmt: skip
+    ways = {"the policy's": (True, False), "the reference's, without entropies": (False, False),
+            "the policy's, compiled": (True, True), "the reference's, compiled": (False, True)}  # fmt: skip
     first = None
-    for name, way in ways.items():
+    for name, how in ways.items():
+        way = logprobs(*how)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
 

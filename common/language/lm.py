@@ -53,7 +53,7 @@ class LMArgs:
     # speed and memory
     decode: Literal["eager", "graph", "compile"] = "eager"
     """decode steps: op by op, as captured CUDA graphs, or compiled and captured"""
-    compile: bool = False  # torch.compile the transformer layers of the update
+    compile: bool = False  # torch.compile the transformer layers and the head of the update
     share_prompt: bool | None = None
     """train on one row per prompt with all its completions; default: when that row has at most 1024 tokens"""
     micro_batch_size: Count | None = None
@@ -220,22 +220,25 @@ def hidden_before(model, prompt_ids, prompt_lengths, completion_ids, mask, share
     return hidden[row[given], source[given]]
 
 
+def chunk_logprobs(head, h, y, temper, entropy: bool):
+    """h (n, d), y (n,) -> what head_logprobs says of them, through (n, V) logits."""
+    logp = F.log_softmax(temper(head(h)), dim=-1)
+    with torch.no_grad():  # eq: H = -sum_a pi(a) log pi(a)
+        H = -(logp.exp() * logp).sum(-1) if entropy else None
+    return logp.gather(-1, y[:, None])[:, 0], H
+
+
 def head_logprobs(model, hidden, targets, temper, entropy: bool = True, chunk: int = 4096):
     """hidden (N, d), targets (N,) -> log-probs (N,) float32, entropies (N,) float32 without gradient, or None.
 
     temper: raw logits (n, V) -> those of the distribution in question. The head runs in chunks, recomputed in the
     backward pass, so that (N, V) never exists as a whole. An entropy costs as many passes over (n, V) as all the rest.
     """
-
-    def one_chunk(h, y):
-        logp = F.log_softmax(temper(model.get_output_embeddings()(h)), dim=-1)  # (n, V)
-        with torch.no_grad():  # eq: H = -sum_a pi(a) log pi(a)
-            H = -(logp.exp() * logp).sum(-1) if entropy else None
-        return logp.gather(-1, y[:, None])[:, 0], H
-
+    score, head = getattr(model, "chunk_logprobs", chunk_logprobs), model.get_output_embeddings()  # see `prepare`
     if len(targets) <= chunk:
-        return one_chunk(hidden, targets)
-    parts = [recompute(one_chunk, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), targets.split(chunk))]
+        return score(head, hidden, targets, temper, entropy)
+    pairs = zip(hidden.split(chunk), targets.split(chunk))
+    parts = [recompute(score, head, h, y, temper, entropy, use_reentrant=False) for h, y in pairs]
     return tuple(torch.cat(found) if found[0] is not None else None for found in zip(*parts))
 
 
@@ -307,6 +310,7 @@ def prepare(model, args: LMArgs, world: World, token_logprobs):
     if args.compile:
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)  # rows are never of one length
+        model.chunk_logprobs = torch.compile(chunk_logprobs, dynamic=True)  # few passes over (n, V) instead of ten
     return model
 
 
