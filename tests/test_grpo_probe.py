@@ -101,6 +101,18 @@ def test_the_bundled_model_passes_with_every_way_to_compute(flags):
     probe.check(model, replace(args, num_generations=64), 400)  # 1,024 columns, of 512 that it has positions for
 
 
+def test_the_probe_computes_in_float32_where_the_device_is_set_up_with_tf32():
+    """On a GPU join_world allows TF32: ten bits of a product's factors, by which a model differs from itself."""
+    model, seen = make_model(), set()
+    model.base_model.register_forward_hook(lambda *_: seen.add(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        probe.check(model, Args(), 8)
+        assert seen == {"highest"} and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_what_a_refusal_recommends_works(capsys):
     """MPT's plain rows and decoding agree, so it trains without shared ones; GPT-Neo within its window."""
     probe.check(random_model("mpt", MPT), Args(share_prompt=False), SHORT)

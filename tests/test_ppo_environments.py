@@ -219,14 +219,26 @@ def test_an_id_with_dense_in_it_trains_on_the_dense_reward():
     assert not fetch.is_fetch("FetchReach") and not fetch.is_fetch("FetchReach-v2")
 
 
-def test_a_bogus_renderer_ends_in_one_line(tmp_path):
+NO_EGL = """
+import ctypes
+load = ctypes.CDLL.__init__
+def missing(self, name=None, *rest, **options):
+    if "EGL" in str(name):
+        raise OSError(f"{name}: cannot open shared object file")
+    load(self, name, *rest, **options)
+ctypes.CDLL.__init__ = missing
+ctypes.util.find_library = lambda name: None
+"""
+
+
+@pytest.mark.parametrize("renderer, before", [("bogus", ""), ("egl", "import ctypes.util" + NO_EGL)])
+def test_a_renderer_that_is_not_there_ends_in_one_line(renderer, before):
     import subprocess
 
     root = Path(ppo_fetch.__file__).parent
-    code = "import common.robot.fetch"
-    out = subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"MUJOCO_GL": "bogus"},
-                         capture_output=True, text=True)  # fmt: skip
-    assert out.returncode == 2 and "bogus" in one_line(out.stderr) and "egl" in out.stderr
+    out = subprocess.run([sys.executable, "-c", before + "\nimport common.robot.fetch"], cwd=root,
+                         env=os.environ | {"MUJOCO_GL": renderer}, capture_output=True, text=True)  # fmt: skip
+    assert out.returncode == 2 and "egl" in one_line(out.stderr) and "MuJoCo does not start" in out.stderr
 
 
 # ---- what is learnt --------------------------------------------------------------------------------------------------

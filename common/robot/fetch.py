@@ -29,8 +29,8 @@ from common.parallel import cores
 
 try:
     import mujoco
-except RuntimeError as error:  # it looks for its renderer at once
-    fail(f"MuJoCo does not start: {error}; MUJOCO_GL is egl, osmesa, glfw or unset")
+except (RuntimeError, AttributeError, ImportError) as error:  # it looks for its renderer at once
+    fail(f"MuJoCo does not start: {error}; MUJOCO_GL is an installed one of egl, osmesa and glfw, or unset")
 
 TASKS = ("FetchReach", "FetchPush", "FetchSlide", "FetchPickAndPlace")
 GOAL_RADIUS = 0.05  # m: a goal is reached within this distance
