@@ -23,7 +23,7 @@ from benchmarks import gpu_decode
 from common.cli import parse
 from common.language.decode import inverse_cdf
 from common.language.fused import fuse
-from common.language.lm import chunk_logprobs, head_logprobs
+from common.language.lm import chunk_logprobs, head_logprobs, in_blocks
 from common.parallel import join_world
 
 Part = Literal["rates", "kernels", "attention", "head", "proposals"]
@@ -154,7 +154,8 @@ def head(flags: Args) -> None:
     temper = partial(grpo.tempered, temperature=0.7, vocab_size=V)
 
     def logprobs(entropy: bool, compiled: bool):
-        model.chunk_logprobs = torch.compile(chunk_logprobs, dynamic=True) if compiled else chunk_logprobs
+        fast = partial(in_blocks, torch.compile(chunk_logprobs, dynamic=False))  # as --compile does
+        model.chunk_logprobs = fast if compiled else chunk_logprobs
         return lambda: head_logprobs(model, hidden, targets, temper, entropy, chunk)[0]
 
     ways = {"the policy's": (True, False), "the reference's, without entropies": (False, False),

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT
+from test_gr00t_run import pin
 
 import gr00t_finetune as g
 from common.parallel import World
@@ -386,6 +387,12 @@ def test_prompts_of_different_length_are_padded_on_the_left(data):
     batch = samples_of(data)[Plan(rows, rows, length=8)]
     assert batch["eagle_input_ids"].tolist() == [[99, 99, 99, 0, 1, 2, 3, 4], [99, 99, 0, 1, 2, 3, 4, 5]]
     assert batch["eagle_attention_mask"].tolist() == [[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]]
+
+
+def test_a_batch_can_be_pinned(data):
+    rows = np.arange(3)
+    batch = samples_of(data)[Plan(rows, rows, noises=2)]
+    assert all(torch.equal(x, batch[name]) for name, x in pin(batch).items()) and "images" in batch
 
 
 # ---- order and draws -------------------------------------------------------------------------------------------------

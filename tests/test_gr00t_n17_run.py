@@ -21,7 +21,7 @@ from test_gr00t_n17_model import (
     load_fixture,
     needs_fixtures,
 )
-from test_gr00t_run import QUICK, metrics_of, same_weights
+from test_gr00t_run import QUICK, metrics_of, pin, same_weights
 
 import gr00t_finetune as g
 import ppo_gr00t
@@ -239,3 +239,4 @@ def test_hidden_states_are_drawn_for_each_sample_and_in_training_alone(small):
     world = World(0, 1, torch.device("cpu"))
     (plan,) = {p.hidden for p in itertools.islice(g.plans(g.Order(data, held.rows, args), data, args, world, 0), 2)}
     assert plan == 0.5
+    assert all(torch.equal(x, hidden[name]) for name, x in pin(hidden).items())

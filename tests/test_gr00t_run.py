@@ -31,6 +31,11 @@ PARITY = ROOT.parent / "shared" / "data" / "gr00t_parity"
 parity = pytest.mark.skipif(not PARITY.exists(), reason="the reference's outputs are not on this machine")
 
 
+def pin(batch):
+    """What pinning a batch for a GPU does with its tensors: it fails where two elements share their memory."""
+    return {name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x) for name, x in batch.items()}
+
+
 def make_batch(B=3, seed=0, dims=5, views=1, config=None, lengths=None):
     """Random samples for the lite model, or for the tiny one."""
     generator = torch.Generator().manual_seed(seed)

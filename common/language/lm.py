@@ -7,6 +7,7 @@ import copy
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Literal
@@ -228,13 +229,24 @@ def chunk_logprobs(head, h, y, temper, entropy: bool):
     return logp.gather(-1, y[:, None])[:, 0], H
 
 
+def in_blocks(score, head, h, y, temper, entropy: bool, n: int = 1024):
+    """score(head, h, y, temper, entropy) of n rows at a time, the last of them filled up: one shape for a compiler.
+
+    Few passes over (n, V) instead of ten. For any number of rows at once, torch 2.11 is not done after a minute.
+    """
+    missing = -len(y) % n
+    h, y = F.pad(h, (0, 0, 0, missing)), F.pad(y, (0, missing))
+    parts = [score(head, a, b, temper, entropy) for a, b in zip(h.split(n), y.split(n))]
+    return tuple(torch.cat(x)[: len(y) - missing] if x[0] is not None else None for x in zip(*parts))
+
+
 def head_logprobs(model, hidden, targets, temper, entropy: bool = True, chunk: int = 4096):
     """hidden (N, d), targets (N,) -> log-probs (N,) float32, entropies (N,) float32 without gradient, or None.
 
     temper: raw logits (n, V) -> those of the distribution in question. The head runs in chunks, recomputed in the
     backward pass, so that (N, V) never exists as a whole. An entropy costs as many passes over (n, V) as all the rest.
     """
-    score, head = getattr(model, "chunk_logprobs", chunk_logprobs), model.get_output_embeddings()  # see `prepare`
+    score, head = getattr(model, "chunk_logprobs", chunk_logprobs), model.get_output_embeddings()
     if len(targets) <= chunk:
         return score(head, hidden, targets, temper, entropy)
     pairs = zip(hidden.split(chunk), targets.split(chunk))
@@ -310,7 +322,7 @@ def prepare(model, args: LMArgs, world: World, token_logprobs):
     if args.compile:
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)  # rows are never of one length
-        model.chunk_logprobs = torch.compile(chunk_logprobs, dynamic=True)  # few passes over (n, V) instead of ten
+        model.chunk_logprobs = partial(in_blocks, torch.compile(chunk_logprobs, dynamic=False))
     return model
 
 

@@ -298,7 +298,7 @@ class Demonstrations:
         batch["action"] = torch.from_numpy(self.actions(rows))
         H, D = self.interface.chunk_shape
         mask = (torch.arange(H) < self.interface.horizon)[:, None] & (torch.arange(D) < self.dims)
-        batch["action_mask"] = mask.expand(len(rows), H, D)
+        batch["action_mask"] = mask.repeat(len(rows), 1, 1)  # numbers of its own: a view could not be pinned
         return batch
 
 
