@@ -186,6 +186,16 @@ def test_verdicts():
     assert health.precise("below 1e-5 in fp32", True) == ""
 
 
+@pytest.mark.parametrize("kept", ["command", "copy", "place"])
+def test_a_run_knows_its_script_wherever_it_is_copied(tmp_path, kept):
+    folder = make_run(tmp_path / "ppo_fetch" / ("grpo_arithmetic" if kept == "place" else "mine") / "run")
+    if kept != "command":
+        (folder / "config.json").write_text(json.dumps({"command": "my_variant.py"}))
+    if kept != "copy":
+        (folder / "grpo_arithmetic.py").unlink()
+    assert Shown(folder).script == "grpo_arithmetic"
+
+
 def test_health_of_a_run_comes_from_its_page(run):
     found = {line["metric"]: line for line in Shown(run).health()}
     assert (

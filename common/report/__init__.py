@@ -45,8 +45,9 @@ class Shown:
         if not config.exists() and not (folder / "metrics.jsonl").exists():
             fail(f"'{folder}' is no run folder: it has no config.json; runs are in runs/<script>/")
         self.config = json.loads(config.read_text()) if config.exists() else {}
-        places = {*folder.resolve().parts, *(path.stem for path in folder.glob("*.py"))}
-        self.script = next((name for name in ROOMS if name in places), "")
+        command = Path(self.config.get("command", "").split(" ")[0]).stem  # else its copy in the folder, or runs/SCRIPT
+        names = [command, *(path.stem for path in folder.glob("*.py")), *reversed(folder.resolve().parts)]
+        self.script = next((name for name in names if name in ROOMS), "")
         self.series: dict[str, tuple[list[int], list[float]]] = {}  # metric -> lines where it was logged, values there
         for number, row in enumerate(read_lines(folder / "metrics.jsonl")):
             for name, value in row.items():
