@@ -174,7 +174,8 @@ def ppo_fetch():
         ("FetchPush, dense: control", "push_dense", (1,)),
         ("FetchPush, sparse: control", "push_sparse", (1,)),
         ("FetchPickAndPlace, shaped (default)", "pick_grasped", GRASPED),
-        ("FetchPickAndPlace, shaped, `--grasped-starts 0`", "pick", PPO),
+        ("FetchPickAndPlace, shaped, `--grasped-starts 0`", "pick_control", PPO),
+        ("the same, schedule of 1.2M steps, earlier streams", "pick", PPO),
     ):
         runs = seeds(f"ppo_fetch/{folder}", numbers)
         steps = [f"{max(row['step'] for row in rows(run)):,}" for run in runs]
@@ -436,7 +437,7 @@ def mixed_row():
 def fetch_row():
     reach, push, pick = (
         [100 * last(run, "eval/success_rate") for run in seeds(f"ppo_fetch/{name}")]
-        for name in ("reach_dense", "push", "pick")
+        for name in ("reach_dense", "push", "pick_control")
     )
     assert set(reach) == {100.0}
     grasped = seeds("ppo_fetch/pick_grasped", GRASPED)
