@@ -127,6 +127,9 @@ def parse(config_class, description: str):
     try:
         with contextlib.redirect_stderr(captured):
             given = tyro.cli(tyro.conf.OmitArgPrefixes[flags], description=description)
+    except BrokenPipeError:  # `--help | head`: nobody reads on, nor may the last flush complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

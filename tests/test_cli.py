@@ -1,11 +1,13 @@
 """Flags: grouped help, defaults that a script redefines, one line for what is wrong."""
 
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+from conftest import ROOT
 
 from common.cli import Count, NonNegative, Positive, Refused, Share, Text, described_fields, fail, parse
 
@@ -46,6 +48,13 @@ def test_a_redefined_field_keeps_its_group_and_its_help():
         "beta": ("update: what an optimizer step does", "weight of the penalty, 0 to 1"),
         "loss": ("update: what an optimizer step does", "kind of loss"),
     }
+
+
+def test_help_into_a_reader_that_leaves_says_nothing_more():
+    done = subprocess.run(
+        f"{sys.executable} grpo_mixed.py --help | head -1", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("usage:") and done.stderr == ""
 
 
 def test_help_lists_every_flag_once_under_its_group(monkeypatch, capsys):
