@@ -47,7 +47,7 @@ if [ "$device" = cuda ]; then
   part "numerics of the others" 300 $python -m pytest -n 0 -vv -m gpu --ignore tests/test_grpo_gpu.py --ignore tests/test_gr00t_gpu.py
   part "FetchVec" 120 $python benchmarks/fetch_speed.py --scaling --num-envs 64 --rounds 3 --tasks FetchPush
   part "run of PPO" 300 $python ppo_fetch.py --device cuda --no-capture-video --exp-name gpu_check
-  part "run of GRPO" 600 $python grpo_arithmetic.py --beta 0.1 --device cuda --decode graph --exp-name gpu_check
+  part "run of GRPO" 600 $python grpo_arithmetic.py --beta 0.1 --device cuda --exp-name gpu_check
 elif [ "$device" = cpu ]; then
   part "probe" 900 $python benchmarks/gpu_probe.py --device cpu --size toy
   part "decode, toy" 900 $python benchmarks/gpu_decode.py --device cpu --reduced

@@ -19,10 +19,11 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from common.language import lm
 from common.language.decode import GraphDecoder, Rows, bucket, feed
 from common.language.fused import fuse
 from common.parallel import refresh
-from grpo_arithmetic import generate, sample_tokens, sampling_noise
+from grpo_arithmetic import Args, generate, sample_tokens, sampling_noise
 
 
 class Graphs(GraphDecoder):
@@ -208,6 +209,13 @@ def test_a_fused_decode_step_starts_a_third_fewer_kernels(monkeypatch):
     plain, fused = (launches(2, fused) - launches(1, fused) for fused in (False, True))
     assert plain - fused >= 3 + 2 * 5, "of a layer: three products, and of two norms all kernels but one"
     assert fused < 0.7 * plain
+
+
+def test_steps_are_captured_by_default_on_a_gpu_alone():
+    devices = torch.device("cpu"), torch.device("cuda")
+    assert [lm.decode_mode(Args(), device) for device in devices] == ["eager", "graph"]
+    for mode in ("eager", "graph", "compile"):
+        assert [lm.decode_mode(Args(decode=mode), device) for device in devices] == [mode, mode]
 
 
 def test_compiled_steps_have_few_shapes():

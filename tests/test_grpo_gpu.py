@@ -67,7 +67,7 @@ def test_captured_steps_sample_the_tokens_of_the_eager_loop_also_after_a_refresh
     "options", [{}, {"compile": True, "gradient_checkpointing": True, "num_iterations": 2}], ids=["eager", "compiled"]
 )
 def test_a_run_on_the_gpu_captures_every_decode_step(run, options):  # noqa: F811
-    code, folder = run(epochs=2, device="cuda", decode="graph", rewards=("rich",), **options)
+    code, folder = run(epochs=2, device="cuda", rewards=("rich",), **options)
     logged = [row for row in rows(folder) if "train/reward" in row]
     assert code == 0 and len(logged) == 4 and all(row["time/decode_fallbacks"] == 0 for row in logged)
     assert all(row["train/sampling_logp_difference/mean"] < 0.05 and row["train/skipped"] == 0 for row in logged)

@@ -52,8 +52,8 @@ class LMArgs:
     """attention of the training rows; default: sdpa on a GPU, eager on a CPU (faster there for short rows)"""
 
     # speed and memory
-    decode: Literal["eager", "graph", "compile"] = "eager"
-    """decode steps: op by op, as captured CUDA graphs, or compiled and captured"""
+    decode: Literal["auto", "eager", "graph", "compile"] = "auto"
+    """decode steps: op by op, captured as CUDA graphs, or compiled and captured; auto: graph on a GPU, else eager"""
     compile: bool = False  # torch.compile the transformer layers and the head of the update
     share_prompt: bool | None = None
     """train on one row per prompt with all its completions; default: when that row has at most 1024 tokens"""
@@ -307,6 +307,11 @@ def in_low_precision(args: LMArgs, device: torch.device) -> bool:
     return args.dtype == "bfloat16" or (args.dtype == "auto" and device.type != "cpu")
 
 
+def decode_mode(args: LMArgs, device: torch.device) -> str:
+    """--decode, with `auto` decided."""
+    return args.decode if args.decode != "auto" else "graph" if device.type == "cuda" else "eager"
+
+
 def decoder_layers(model) -> torch.nn.ModuleList:
     """The transformer layers, whatever the architecture calls them."""
     return next(module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList))
@@ -352,13 +357,13 @@ class Policy:
         self.low_precision = low
         if low:  # what autocast leaves in fp32, such as rotary angles, is to be exact
             torch.set_float32_matmul_precision("highest")
-        self.sampler = model
-        if low or args.decode != "eager" or args.compile or args.fsdp:
+        self.sampler, decode = model, decode_mode(args, world.device)
+        if low or decode != "eager" or args.compile or args.fsdp:
             self.sampler = fuse(sampling_copy(model, self.device, torch.bfloat16 if low else None), say)
         if args.attn_implementation == "flash_attention_2":  # a cache with a position per row needs a mask
             self.sampler.set_attn_implementation("sdpa")
-        graphs = args.decode != "eager"
-        self.decoder = GraphDecoder(self.sampler, args.decode == "compile", say) if graphs else Decoder(self.sampler)
+        graphs = decode != "eager"
+        self.decoder = GraphDecoder(self.sampler, decode == "compile", say) if graphs else Decoder(self.sampler)
         if args.decode == "graph" and self.device.type != "cuda":
             say("--decode graph: no CUDA graphs on a CPU; steps run uncaptured, see time/decode_fallbacks")
         self.model = prepare(model, args, world, token_logprobs)

@@ -101,6 +101,7 @@ def check(model, args, longest: int) -> None:
     usual, G = model.config._attn_implementation, min(args.num_generations, args.micro_batch_size or np.inf)
     trained = "sdpa" if usual == "flash_attention_2" else usual  # it has no float32
     shared = G > 1 and args.share_prompt is not False and trained == usual and not args.eval_only
+    decode = lm.decode_mode(args, model.device)
     widest = 0 if not shared else 1024 if args.share_prompt is None else np.inf  # as hidden_before decides
     generator = torch.Generator().manual_seed(0)
     tried = shapes(model.config.to_dict(), longest, args.max_completion_length, G, widest)
@@ -114,7 +115,7 @@ def check(model, args, longest: int) -> None:
             del ways["shared rows"]
         found = {}
         for way, compute in ways.items():
-            attention = "packed" if way == "decoded rows" and args.decode != "eager" else trained
+            attention = "packed" if way == "decoded rows" and decode != "eager" else trained
             if attention != usual:
                 model.set_attn_implementation(attention)
             try:
