@@ -592,7 +592,7 @@ def fit_critic(agent: Agent, optimizer, batch: dict, args: Args, generator, worl
     """Epochs for the critic alone, on the features of the rollout."""
     T, n = batch["rewards"].shape
     x, returns = batch["condition"].flatten(0, 1), batch["returns"].flatten(0, 1)
-    critic, loss, norm = optimizer.param_groups[1]["params"], torch.zeros(()), 0.0
+    critic, loss, norm = optimizer.param_groups[1]["params"], returns.new_zeros(()), 0.0
     for _ in range(args.critic_epochs):
         everything = minibatch_order(T * n * world.size, generator)  # of all processes
         for rows in everything.split(math.ceil(len(everything) / args.num_minibatches)):

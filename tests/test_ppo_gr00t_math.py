@@ -5,6 +5,7 @@ import math
 import time
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -570,3 +571,11 @@ def test_a_one_step_bandit_is_solved(sampler, noisy_step):
         p.update(agent, loss_of, optimizer, scaler, {k: v[None] for k, v in batch.items()}, args, g, WORLD)
         agent.statistics.update(look["condition"])
     assert errors[-1] < 0.25 * errors[0], (errors[0], errors[-1])
+
+
+def test_a_critic_without_epochs_has_its_loss_where_the_batch_is():
+    """Processes add theirs up, and NCCL takes tensors of the GPU alone."""
+    batch = {name: torch.ones(2, 3, device="meta") for name in ("rewards", "condition", "returns")}
+    optimizer = SimpleNamespace(param_groups=[{}, {"params": []}])
+    found = p.fit_critic(None, optimizer, batch, replace(ARGS, critic_epochs=0), None, WORLD)
+    assert found["critic_loss"].device.type == "meta"
