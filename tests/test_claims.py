@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from benchmarks.ablate import GRIDS, key_of
+from benchmarks.ablate import GRIDS, accuracy, key_of, spread
 from common.robot.report import student
 from common.stats import wilson
 
@@ -351,12 +351,40 @@ def gr00t_finetune():
     return out
 
 
+def page_ablations():
+    """The diffs of the mixed page beside the unedited script with the same flags: validation, and what shows the change."""
+    told = {
+        1: ("reward", lambda r: mean(r["curve"]["reward"][-10:])),
+        2: ("train/comparison/accuracy", lambda r: mean(r["curve"]["comparison/accuracy"][-10:])),
+        3: ("held-out accuracy where yes is right", lambda r: r["evaluations"][-1]["comparison_yes"]),
+        4: ("eval_words_accuracy", lambda r: r["evaluations"][-1]["eval_words_accuracy"]),
+        5: ("train/comparison/share", lambda r: mean(r["curve"]["comparison/share"][-10:])),
+        6: ("reward", lambda r: mean(r["curve"]["reward"][-10:])),
+        7: ("train/clip_ratio/region_mean", lambda r: mean(r["curve"]["clip_ratio/region_mean"])),
+        8: ("train/kl", lambda r: mean(r["curve"]["kl"][-10:])),
+        9: ("train/completions/mean_length", lambda r: mean(r["curve"]["completions/mean_length"][-10:])),
+        10: ("train/sampling_logp_difference/mean, step 1", lambda r: r["curve"]["sampling_logp_difference/mean"][0]),
+    }
+    found, out = {}, []
+    for row in rows("ablations", "page.jsonl"):
+        found.setdefault(row["setting"], {})[row["seed"]] = row
+    for number, (name, measure) in told.items():
+        edited = found[f"ablation {number}"]
+        base = found.get(f"unedited, flags of {number}", found["unedited"])
+        changes = [accuracy(row, "validation") - accuracy(base[seed], "validation") for seed, row in edited.items()]
+        before, after = ([measure(runs[seed]) for seed in edited] for runs in (base, edited))
+        ends = f"{mean(before):.3f} → {mean(after):.3f} ({spread([b - a for a, b in zip(before, after)], True)})"
+        out.append(re.sub(r"-(?=\d)", "−", line(number, len(edited), spread(changes, True), name, ends)))
+    return out
+
+
 TABLES = [
     ("docs/grpo_arithmetic.md", "| | base model | seed 42 |", grpo_arithmetic),
     ("docs/grpo_arithmetic.md", "| | before | after 20 steps |", smollm2),
     ("docs/grpo_arithmetic.md", "| bundled model, grid: setting |", objectives),
     ("docs/grpo_arithmetic.md", "| SmolLM2-135M, grid: setting |", pretrained),
     ("docs/grpo_mixed.md", "| | base model | seed 42 |", grpo_mixed),
+    ("docs/grpo_mixed.md", "| ablation | n |", page_ablations),
     ("docs/ppo_fetch.md", "| task, reward |", ppo_fetch),
     ("docs/ppo_fetch.md", "| `--advantage` |", advantages),
     ("docs/ppo_fetch.md", "| contender |", peers),
