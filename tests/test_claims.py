@@ -205,6 +205,20 @@ def advantages():
     return out
 
 
+def advantages_on_push():
+    out = []
+    for name, folder in (("gae", "push"), ("group", "push_group")):
+        runs = seeds(f"ppo_fetch/{folder}")
+        success = [
+            each([row["eval/success_rate"] for row in rows(run) if "eval/success_rate" in row and row["step"] <= step][-1]
+                 for run in runs) for step in (200_000, 400_000, 1_000_000)
+        ]  # fmt: skip
+        steps = " / ".join(f"{max(row['step'] for row in rows(run)):,}" for run in runs)
+        distance = each((100 * last(run, "eval/final_distance") for run in runs), 1)
+        out.append(line(f"`{name}`, FetchPush", "1, 2, 3", *success, steps, distance))
+    return out
+
+
 def peers():
     names = {
         "ours": "ppo_fetch.py, default",
@@ -387,6 +401,7 @@ TABLES = [
     ("docs/grpo_mixed.md", "| ablation | n |", page_ablations),
     ("docs/ppo_fetch.md", "| task, reward |", ppo_fetch),
     ("docs/ppo_fetch.md", "| `--advantage` |", advantages),
+    ("docs/ppo_fetch.md", "| FetchPush, `--advantage` |", advantages_on_push),
     ("docs/ppo_fetch.md", "| contender |", peers),
     ("docs/ppo_fetch.md", "| env steps/s |", simulator),
     ("docs/ppo_gr00t.md", "| task | seeds |", ppo_gr00t),
