@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+import grpo_arithmetic as grpo
 from benchmarks.ablate import GRIDS, accuracy, key_of, spread
 from common.robot.report import student
 from common.stats import wilson
+from common.streams import stream
 
 RESULTS = ROOT / "docs" / "results"
 GRPO, GR00T, PPO = (42, 43, 44), (42, 43, 44), (1, 2, 3)
@@ -171,8 +173,8 @@ def ppo_fetch():
         ("FetchReach, distance", "reach_distance", PPO),
         ("FetchReach, shaped", "reach_shaped", PPO),
         ("FetchPush, shaped (default)", "push", PPO),
-        ("FetchPush, dense: control", "push_dense", (1,)),
-        ("FetchPush, sparse: control", "push_sparse", (1,)),
+        ("FetchPush, dense: control", "push_dense", PPO),
+        ("FetchPush, sparse: control", "push_sparse", PPO),
         ("FetchPickAndPlace, shaped (default)", "pick_grasped", GRASPED),
         ("FetchPickAndPlace, shaped, `--grasped-starts 0`", "pick_control", PPO),
         ("the same, schedule of 1.2M steps, earlier streams", "pick", PPO),
@@ -584,3 +586,17 @@ def test_the_documented_runs_are_healthy_by_their_own_tables(page, metric):
     found = np.concatenate([values(run, metric) for run in HEALTH[page][0]])
     low, high = healthy(page, metric)
     assert np.quantile(found, 0.05) >= low and np.quantile(found, 0.95) <= high
+
+
+def test_problems_whose_commuted_twin_was_trained_on_are_told_apart():
+    problems = {p.prompt for p in grpo.load_problems(str(ROOT / "assets/arithmetic_eval.jsonl"))}
+    trained = {p.prompt for p in grpo.draw_unique(stream(42, "problems"), grpo.Level(0, 20), 1000, problems)}
+    found: dict[tuple[bool, int], list[float]] = {}
+    for row in rows("gpu/h100_grpo_arithmetic", "evaluation.jsonl"):
+        a, sign, b = row["prompt"].removeprefix("Calculate: ").split()[:3]
+        twin = sign in "+*" and a != b and f"Calculate: {b} {sign} {a} = " in trained
+        found.setdefault((twin, row["step"]), []).append(row["accuracy"])
+    told = [f"{len(found[key])} {mean(found[key]):.3f}" for key in ((True, 0), (True, 744), (False, 0), (False, 744))]
+    assert told == ["41 0.441", "41 0.898", "159 0.399", "159 0.767"]
+    page = " ".join((ROOT / "docs/grpo_arithmetic.md").read_text().split())
+    assert "the 41 with a twin went from 0.441 to 0.898, the 159 without from 0.399 to 0.767" in page
