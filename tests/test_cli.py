@@ -1,5 +1,7 @@
 """Flags: grouped help, defaults that a script redefines, one line for what is wrong."""
 
+import ast
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +50,20 @@ def test_a_redefined_field_keeps_its_group_and_its_help():
         "beta": ("update: what an optimizer step does", "weight of the penalty, 0 to 1"),
         "loss": ("update: what an optimizer step does", "kind of loss"),
     }
+
+
+@pytest.mark.parametrize("given, kept", [(None, "passive"), ("active", "active")])
+def test_threads_of_every_script_wait_without_spinning_unless_told(given, kept):
+    """OpenMP reads its policy when torch is loaded: what sets it has to come first."""
+    rest = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = "import sys, common.stop, os; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    env = rest | ({"OMP_WAIT_POLICY": given} if given else {})
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == [kept, "False"], done.stderr
+    for script in ("grpo_arithmetic", "grpo_mixed", "gr00t_finetune", "ppo_fetch", "ppo_gr00t"):
+        tree = ast.parse((ROOT / f"{script}.py").read_text())
+        first = next(node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+        assert first.names[0].name == "common.stop", script
 
 
 def test_help_into_a_reader_that_leaves_says_nothing_more():

@@ -130,9 +130,8 @@ def caption_of(runs: list[Path]) -> str:
     command = re.sub(r" --(seed|exp-name|output-dir) \S+", "", c["command"])
     hardware = f"{c['cpu']} " if c["device"] == "cpu" and c.get("cpu") else ""
     threads = f"{c['threads']} thread" + "s" * (c["threads"] != 1)
-    return (
-        f"{command} | commit {c['git']} | {hardware}{c['device']}, {threads} | seed{'s' * (len(configs) > 1)} {seeds}"
-    )
+    commits = ", ".join(dict.fromkeys(config["git"] for config in configs))
+    return f"{command} | commit {commits} | {hardware}{c['device']}, {threads} | seed{'s' * (len(configs) > 1)} {seeds}"
 
 
 def draw(runs: list[Path], script: str, out: Path) -> list[Path]:
