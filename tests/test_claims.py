@@ -499,7 +499,8 @@ def fetch_row():
     return (
         f"3 to 5 seeds each: FetchReach 100 % after {steps.pop():,} steps, {seconds:.0f} s of training on one busy core; "
         f"Push {span(push)} % within 1M steps; PickAndPlace {each(held, 0)} % within {within:,} where "
-        f"a quarter of training begins with a grasp, {each(pick, 0)} % without; Slide {span(slide)} % after 800,000; on FetchReach stable-baselines3 at its "
+        f"a quarter of training begins with a grasp, {each(pick, 0)} % without; "
+        f"Slide {span(slide)} % after 800,000; on FetchReach stable-baselines3 at its "
         f"defaults needs {told} times the steps, with our settings {span(settings, '{:.1f}')} times"
     )
 

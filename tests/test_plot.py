@@ -35,6 +35,15 @@ def colour_of(ax, label):
     ]
 
 
+def test_a_caption_names_every_seed_and_every_commit_once(tmp_path):
+    for seed, commit in ((1, "aaa"), (2, "aaa"), (3, "bbb")):
+        facts = {"args": {"seed": seed}, "command": f"x.py --seed {seed} --beta 0.1", "git": commit}
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "config.json").write_text(json.dumps(facts | {"device": "cpu", "threads": 2}))
+    caption = plot.caption_of([tmp_path / str(seed) for seed in (1, 2, 3)])
+    assert caption == "x.py --beta 0.1 | commit aaa, bbb | cpu, 2 threads | seeds 1, 2, 3"
+
+
 def test_a_median_is_where_all_runs_are_and_shows_no_outcome_that_no_run_had():
     up, low = (np.array([0.0, 1, 2]), np.array([0.0, 1, 1])), (np.array([0.0, 1, 2, 3]), np.array([0.0, 0.5, 0.5, 0.5]))
     xs, ys = plot.median([up, up, low])
