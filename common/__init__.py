@@ -2,4 +2,4 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin: 11 times slower on a busy machine (JOURNAL.md)
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that spin for longer crawl on a busy machine (JOURNAL.md)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch the network
 os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as common/__init__.py, which comes after torch here
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as common/__init__.py, which comes after torch here
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: each and what it starts gets its share of the cores
     share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ["OMP_NUM_THREADS"] = str(share)

@@ -52,12 +52,12 @@ def test_a_redefined_field_keeps_its_group_and_its_help():
     }
 
 
-@pytest.mark.parametrize("given, kept", [(None, "passive"), ("active", "active")])
-def test_threads_of_every_script_wait_without_spinning_unless_told(given, kept):
-    """OpenMP reads its policy when torch is loaded: what sets it has to come first."""
-    rest = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    code = "import sys, common.stop, os; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    env = rest | ({"OMP_WAIT_POLICY": given} if given else {})
+@pytest.mark.parametrize("given, kept", [(None, "1000"), ("300000", "300000")])
+def test_threads_of_every_script_spin_but_shortly_unless_told(given, kept):
+    """OpenMP reads it when torch is loaded: what sets it has to come first."""
+    rest = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    code = "import sys, common.stop, os; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    env = rest | ({"GOMP_SPINCOUNT": given} if given else {})
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout.split() == [kept, "False"], done.stderr
     for script in ("grpo_arithmetic", "grpo_mixed", "gr00t_finetune", "ppo_fetch", "ppo_gr00t"):
