@@ -342,6 +342,18 @@ def samplers():
     return [line(label, *flow_runs(folder, (12_800, 25_600, 38_400))) for folder, label in names.items()]
 
 
+def flow_advantages():
+    out = []
+    for name, folder in (("gae", "reach"), ("group", "reach_group")):
+        runs = seeds(f"ppo_gr00t/{folder}")
+        success = [each(at(run, "eval/success_rate", step) for run in runs) for step in (25_600, 38_400)]
+        once, returns = (each(last(run, f"eval/{k}") for run in runs) for k in ("success_once", "episodic_return"))
+        steps = each((sum(values(run, "losses/optimizer_steps")) for run in runs), 0)
+        out.append(line(f"`{name}`", *success, once, each((100 * last(run, "eval/final_distance") for run in runs), 1),
+                        returns, steps))  # fmt: skip
+    return out
+
+
 def t_interval(run: str) -> tuple[float, float, float]:
     """Mean open-loop error of the held-out episodes, with its 95 % interval."""
     errors = np.array([row["mse"] for row in rows(run, "trajectory_results.jsonl")])
@@ -410,6 +422,7 @@ TABLES = [
     ("docs/ppo_fetch.md", "| env steps/s |", simulator),
     ("docs/ppo_gr00t.md", "| task | seeds |", ppo_gr00t),
     ("docs/ppo_gr00t.md", "| `--sampler` | success", samplers),
+    ("docs/ppo_gr00t.md", "| `--advantage` | success", flow_advantages),
     ("docs/gr00t_finetune.md", "| model | seed |", gr00t_finetune),
 ]
 
