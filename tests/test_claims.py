@@ -21,7 +21,7 @@ from common.streams import stream
 
 RESULTS = ROOT / "docs" / "results"
 GRPO, GR00T, PPO = (42, 43, 44), (42, 43, 44), (1, 2, 3)
-PUSH = (1, 2, 3, 4)
+PUSH = (1, 2, 3, 4, 5)
 GRASPED = (1, 2, 3, 4, 5)  # seeds of PickAndPlace's default recipe that have been run
 
 
