@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a GPU has to say, in one command that ends with one table (and leaves its log in runs/gpu-DEVICE.log):
-#     benchmarks/gpu.sh                       on a GPU, some 25 minutes, half of them compiling
+#     benchmarks/gpu.sh                       on a GPU, some half an hour, half of them compiling
 #     benchmarks/gpu.sh cuda 'decode|probe'   only the parts whose name has this in it
 #     benchmarks/gpu.sh cpu                   everything at reduced size on a CPU: does all of it run
 # A part that fails is named at the end and makes the exit code 1; the others run all the same. PYTHON=python3 where there

@@ -154,8 +154,9 @@ def head(flags: Args) -> None:
     temper = partial(grpo.tempered, temperature=0.7, vocab_size=V)
 
     def logprobs(entropy: bool, compiled: bool):
-        fast = partial(in_blocks, torch.compile(chunk_logprobs, dynamic=False))  # as --compile does
-        model.chunk_logprobs = fast if compiled else chunk_logprobs
+        model.chunk_logprobs = chunk_logprobs
+        if compiled:  # as `prepare` does
+            model.chunk_logprobs = partial(in_blocks, torch.compile(chunk_logprobs, dynamic=False))
         return lambda: head_logprobs(model, hidden, targets, temper, entropy, chunk)[0]
 
     ways = {"the policy's": (True, False), "the reference's, without entropies": (False, False),

@@ -45,8 +45,9 @@ EVAL_EVERY = 1_600  # env steps
 EPISODES = 50  # of an evaluation of the classic suite
 STEPS = {"ours": 12_000, "sb3": 80_000, "sb3, zoo": 80_000, "sb3, 8 x 1024": 80_000, "sb3, our settings": 24_000}
 STEPS["cleanrl-style"] = 80_000
-CLASSIC = {"CartPole-v1": 50_000, "Acrobot-v1": 100_000, "Pendulum-v1": 100_000}  # env steps of a run
-CLASSIC |= {"Hopper-v5": 100_000, "HalfCheetah-v5": 100_000}
+CLASSIC = {"CartPole-v1": 50_000} | dict.fromkeys(  # env steps of a run
+    ("Acrobot-v1", "Pendulum-v1", "Hopper-v5", "HalfCheetah-v5"), 100_000
+)
 
 
 @dataclass

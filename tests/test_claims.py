@@ -21,8 +21,7 @@ from common.streams import stream
 
 RESULTS = ROOT / "docs" / "results"
 GRPO, GR00T, PPO = (42, 43, 44), (42, 43, 44), (1, 2, 3)
-PUSH = (1, 2, 3, 4, 5)
-GRASPED = (1, 2, 3, 4, 5)  # seeds of PickAndPlace's default recipe that have been run
+FIVE = (1, 2, 3, 4, 5)  # seeds of Push and PickAndPlace with their recipes
 
 
 @cache
@@ -119,10 +118,6 @@ def smollm2():
 def ablations(*grids: str):
     """Rows of grids of benchmarks/ablate.py: validation accuracy, and its difference to the first setting by seed."""
 
-    def told(numbers, sign=""):
-        half = student(len(numbers) - 1) * np.std(numbers, ddof=1) / np.sqrt(len(numbers))
-        return f"{mean(numbers):{sign}.3f} ± {half:.3f}".replace("-", "−")
-
     every, out = {row["key"]: row for path in RESULTS.glob("ablations/*.jsonl") for row in rows(path)}, []
     for grid in grids:
         question, settings = GRIDS[grid]
@@ -136,8 +131,8 @@ def ablations(*grids: str):
         base = ends[settings[0].name]
         for name, end in ends.items():
             pairs = [end[seed] - base[seed] for seed in end if seed in base]
-            difference = "" if name == settings[0].name else told(pairs, "+")
-            out.append(line(f"`{grid}`: {name}", len(end), told([*end.values()]), difference))
+            difference = "" if name == settings[0].name else spread(pairs, True).replace("-", "−")
+            out.append(line(f"`{grid}`: {name}", len(end), spread([*end.values()]), difference))
     return out
 
 
@@ -173,10 +168,10 @@ def ppo_fetch():
         ("FetchReach, sparse", "reach_sparse", PPO),
         ("FetchReach, distance", "reach_distance", PPO),
         ("FetchReach, shaped", "reach_shaped", PPO),
-        ("FetchPush, shaped (default)", "push", PUSH),
+        ("FetchPush, shaped (default)", "push", FIVE),
         ("FetchPush, dense: control", "push_dense", PPO),
         ("FetchPush, sparse: control", "push_sparse", PPO),
-        ("FetchPickAndPlace, shaped (default)", "pick_grasped", GRASPED),
+        ("FetchPickAndPlace, shaped (default)", "pick_grasped", FIVE),
         ("FetchPickAndPlace, shaped, `--grasped-starts 0`", "pick_control", PPO),
         ("the same, schedule of 1.2M steps, earlier streams", "pick", PPO),
         ("FetchSlide, shaped, `--gamma 0.98`", "slide", PPO),
@@ -496,11 +491,11 @@ def mixed_row():
 
 def fetch_row():
     reach, push, pick, slide = (
-        [100 * last(run, "eval/success_rate") for run in seeds(f"ppo_fetch/{name}", PUSH if name == "push" else PPO)]
+        [100 * last(run, "eval/success_rate") for run in seeds(f"ppo_fetch/{name}", FIVE if name == "push" else PPO)]
         for name in ("reach_dense", "push", "pick_control", "slide")
     )
     assert set(reach) == {100.0}
-    grasped = seeds("ppo_fetch/pick_grasped", GRASPED)
+    grasped = seeds("ppo_fetch/pick_grasped", FIVE)
     held, within = [100 * last(run, "eval/success_rate") for run in grasped], max(rows(r)[-1]["step"] for r in grasped)
     steps = {max(row["step"] for row in rows(run)) for run in seeds("ppo_fetch/reach_dense")}
     seconds = median(last(run, "time/train_s") for run in seeds("ppo_fetch/reach_dense"))

@@ -348,13 +348,8 @@ class Policy:
     """
 
     def __init__(self, model, tokenizer, args: LMArgs, world: World, token_logprobs, say=print):
-        self.args, self.tokenizer, self.device, low = (
-            args,
-            tokenizer,
-            world.device,
-            in_low_precision(args, world.device),
-        )
-        self.low_precision = low
+        self.args, self.tokenizer, self.device = args, tokenizer, world.device
+        self.low_precision = low = in_low_precision(args, world.device)
         if low:  # what autocast leaves in fp32, such as rotary angles, is to be exact
             torch.set_float32_matmul_precision("highest")
         self.sampler, decode = model, decode_mode(args, world.device)
